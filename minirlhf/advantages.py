@@ -1,0 +1,169 @@
+"""From rewards to advantages: shaping, GAE, whitening, group baselines, and the exact split.
+
+Index t is response token t; `values[:, t]` is the value of the state *before* token t is chosen
+and the state after the last token is worth 0. Masks are True on the tokens that were chosen by
+the policy; a False inside an answer (a tool's output, say) is skipped, as if it were not there.
+
+GAE is linear in (rewards, values), so an advantage is *exactly* a part from the reward model, a
+part from the KL penalty and a part from the baseline. Whitening is affine, so the split goes
+through it with one more part, the shift. `decompose_advantages` is that sentence in code.
+
+Sources: Schulman et al. (2015, arXiv 1506.02438, eq. 16); Ahmadian et al. (2024, arXiv
+2402.14740) for RLOO; Shao et al. (2024, arXiv 2402.03300, eq. 4.1.2) for GRPO.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from minirlhf.rollout import Rollout
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the True entries of `mask`, a scalar; 0 where there are none."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """Index [B] of the last True of each row; -1 for a row that has none."""
+    steps = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
+    return (mask * steps).amax(-1) - 1
+
+
+def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    """Per-token rewards [B, T]: -beta * kl on every token, plus the score on the last one.
+
+    scores [B] in reward sd, kl [B, T] in nats, beta in reward sd per nat. Rows without a single
+    token get no reward at all (their score has no token to sit on).
+    """
+    rewards = torch.where(mask, -beta * kl, 0.0)
+    last = last_token(mask)
+    rows = torch.nonzero(last >= 0).squeeze(-1)
+    rewards[rows, last[rows]] += scores[rows].to(rewards.dtype)
+    return rewards
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> Tensor:
+    """Generalised advantage estimates [B, T], zero outside the mask (not whitened).
+
+    delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, where t+1 is
+    the next *unmasked* token. lam = 0 is the one-step TD error, lam = 1 return minus value.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0])
+    running = torch.zeros_like(next_value)
+    for t in reversed(range(rewards.shape[1])):
+        valid = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        running = torch.where(valid, delta + gamma * lam * running, running)
+        next_value = torch.where(valid, values[:, t], next_value)
+        advantages[:, t] = running
+    return torch.where(mask, advantages, 0.0)
+
+
+def whitening_moments(x: Tensor, mask: Tensor, *, ddof: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the masked entries (sd 1 when fewer than two)."""
+    n = mask.sum()
+    mean = masked_mean(x, mask)
+    variance = torch.where(mask, (x - mean).square(), 0.0).sum() / (n - ddof).clamp(min=1)
+    return mean, torch.where(n > ddof, (variance + 1e-8).sqrt(), torch.ones_like(variance))
+
+
+def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int = 1) -> Tensor:
+    """Scale the masked entries to unit variance; subtract their mean too if `shift_mean`.
+
+    Shifting makes about half of the tokens positive *by construction*: "positive" then means
+    "better than this batch", not "better than this prompt's average".
+    """
+    mean, sd = whitening_moments(x, mask, ddof=ddof)
+    return torch.where(mask, (x - mean if shift_mean else x) / sd, 0.0)
+
+
+def rloo_advantages(returns: Tensor, group: int) -> Tensor:
+    """Each answer against the mean of the other group - 1 answers to its prompt: [B] -> [B].
+
+    Answers to one prompt must be neighbours: rows 0..group-1 share a prompt, and so on.
+    """
+    r = _grouped(returns, group)
+    return ((r - r.mean(1, keepdim=True)) * group / (group - 1)).flatten()
+
+
+def grpo_advantages(returns: Tensor, group: int, *, scale_by_sd: bool = True) -> Tensor:
+    """Each answer against its group's mean, divided by the group's sd: [B] -> [B].
+
+    The division erases the size of a reward gap: a hundredth of the gap gives the same push.
+    `scale_by_sd=False` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
+    """
+    r = _grouped(returns, group)
+    centred = r - r.mean(1, keepdim=True)
+    return (centred / (r.std(1, keepdim=True) + 1e-4) if scale_by_sd else centred).flatten()
+
+
+def _grouped(returns: Tensor, group: int) -> Tensor:
+    if group < 2 or len(returns) % group:
+        raise ValueError(
+            f"{len(returns)} answers cannot be split into groups of {group}: use a group of at "
+            "least 2 that divides the batch"
+        )
+    return returns.view(-1, group)
+
+
+@dataclass(frozen=True)
+class AdvantageParts:
+    """Where each token's advantage comes from; every field is [B, T] in reward sd."""
+
+    reward: Tensor
+    """the reward model's score, carried back from the last token"""
+    kl: Tensor
+    """the KL penalty on this token and on those after it"""
+    baseline: Tensor
+    """the critic: what was expected, subtracted"""
+    shift: Tensor | None = None
+    """what whitening's mean shift added (None: not whitened)"""
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of the parts: the advantage."""
+        total = self.reward + self.kl + self.baseline
+        return total if self.shift is None else total + self.shift
+
+    def whitened(self, mask: Tensor, *, shift_mean: bool = True) -> "AdvantageParts":
+        """The same split after whitening: every part over sd, and -mean/sd as the shift."""
+        mean, sd = whitening_moments(self.total, mask)
+        shift = -mean / sd if shift_mean else torch.zeros_like(mean)
+        return replace(
+            self,
+            reward=self.reward / sd,
+            kl=self.kl / sd,
+            baseline=self.baseline / sd,
+            shift=torch.where(mask, shift, 0.0),
+        )
+
+
+def decompose_advantages(
+    rollout: "Rollout", *, beta: float, gamma: float = 1.0, lam: float = 0.95
+) -> AdvantageParts:
+    """Split the advantages of a k1-in-reward rollout into reward, KL and baseline parts.
+
+    Exact, not approximate: `.total` equals gae(shape_rewards(...), values) to rounding. `beta` is
+    free, so a what-if beta costs three scans and no model. Uses rollout.kl where the rollout
+    carries it (what was charged), else the k1 log-ratio.
+    """
+    mask, zeros = rollout.mask, torch.zeros_like(rollout.logprobs)
+    kl = rollout.logprobs - rollout.ref_logprobs if rollout.kl is None else rollout.kl
+
+    def part(scores: Tensor, kl: Tensor, values: Tensor) -> Tensor:
+        rewards = shape_rewards(scores, kl, mask, beta=beta)
+        return gae(rewards, values, mask, gamma=gamma, lam=lam)
+
+    no_score = torch.zeros_like(rollout.scores)
+    return AdvantageParts(
+        reward=part(rollout.scores, zeros, zeros),
+        kl=part(no_score, kl, zeros),
+        baseline=part(no_score, zeros, rollout.values),
+    )

@@ -1,0 +1,112 @@
+"""Distance to the reference: three sampled estimators of KL(pi || pi_ref), the exact value, beta.
+
+Every estimator here is named for the direction KL(policy || reference) with samples drawn from
+the policy, works token by token in nats, and is positive when the policy likes a token more than
+the reference does (k1) or always (k2, k3). Let l = logprobs - ref_logprobs on a sampled token:
+
+    k1 = l                 E[k1] = KL exactly; a single token may be negative
+    k2 = l**2 / 2          biased as a value; as a loss its gradient is that of KL
+    k3 = exp(-l) - 1 + l   E[k3] = KL exactly, never negative; as a loss its gradient is that of
+                           the *forward* KL(pi_ref || pi)
+
+Swapping the ratio in k3 (exp(l) - 1 - l) is a frequent bug: its mean is chi-squared minus KL.
+Left out: clamped estimators; they are biased and hide the tokens that matter.
+
+Sources: Schulman (2020), "Approximating KL divergence"; Ziegler et al. (2019, arXiv 1909.08593,
+section 2.2) for the adaptive controller; Tang and Munos (2025, arXiv 2506.09477) for gradients.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The log-ratio itself, nats per token, same shape as its inputs."""
+    return logprobs - ref_logprobs
+
+
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Half the squared log-ratio, nats per token."""
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(-l) - 1 + l, nats per token; expm1 keeps it accurate where l is near zero."""
+    log_ratio = logprobs - ref_logprobs
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(pi || pi_ref) of whole next-token distributions: [..., V] and [..., V] -> [...] nats.
+
+    Tokens that the policy gives probability zero (logit -inf) contribute nothing.
+    """
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    p = logp.exp()
+    return torch.where(p > 0, p * (logp - ref_logp), torch.zeros_like(p)).sum(-1)
+
+
+def kl_tokens(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    estimator: Estimator = "k1",
+    aggregation: Literal["sequence_sum", "token_mean"] = "sequence_sum",
+) -> Tensor:
+    """What each token pays, [B, T] nats, zero outside the mask.
+
+    `sequence_sum`: a token pays its own estimate, so an answer pays the sum over its tokens.
+    `token_mean`: each estimate is divided by the answer's length, so an answer pays the mean and
+    a fork of 3 nats costs less the longer the answer that hides it.
+    """
+    per_token = torch.where(mask, ESTIMATORS[estimator](logprobs, ref_logprobs), 0.0)
+    if aggregation == "token_mean":
+        per_token = per_token / mask.sum(-1, keepdim=True).clamp(min=1)
+    return per_token
+
+
+@dataclass
+class FixedKL:
+    """A beta that stays where it is put (reward units per nat)."""
+
+    beta: float
+
+    def update(self, kl: float, n: int) -> float:
+        """Ignores the measured `kl` and returns beta."""
+        return self.beta
+
+
+@dataclass
+class AdaptiveKL:
+    """Beta that chases a KL target (Ziegler et al. 2019, eq. in section 2.2).
+
+    `target` and the `kl` given to update() must be in the same unit, nats per *answer*; `horizon`
+    is in answers. The error is clipped to +-0.2, so doubling beta takes at least
+    log(2) / log(1 + 0.2 * n / horizon) updates: slower than most drifts.
+    """
+
+    beta: float
+    target: float
+    horizon: float
+
+    def __post_init__(self) -> None:
+        if self.target <= 0 or self.horizon <= 0:
+            raise ValueError(
+                f"AdaptiveKL target {self.target} and horizon {self.horizon} must be positive: "
+                "target in nats per answer, horizon in answers"
+            )
+
+    def update(self, kl: float, n: int) -> float:
+        """Move beta by the clipped relative error of `kl`, measured over `n` answers."""
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self.beta *= 1.0 + error * n / self.horizon
+        return self.beta

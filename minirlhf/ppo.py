@@ -1,0 +1,427 @@
+"""PPO for language models: the losses, and a loop that the caller drives one step at a time.
+
+    run = PPO(policy, reference, reward_model, prompts, config, seed=0)
+    step = run.step()                               # Step(metrics, rollout)
+    run.config = replace(run.config, beta=0.2)      # a dial turned mid-run acts from the next step
+
+One step: sample answers; score them under the reference and the reward model; shape rewards and
+estimate advantages; then `epochs` passes over the batch in `minibatches` optimiser steps each.
+Departures from Schulman et al.: the KL penalty to a frozen reference (in the reward, in the loss,
+as a textbook's formula reads, or absent), one trunk for policy and critic, group baselines as
+alternatives to the critic. Left out: several devices, and any text.
+
+Sources: Schulman et al. (2017, arXiv 1707.06347, eq. 7 and 9); Ziegler et al. (2019, arXiv
+1909.08593, eq. 2); Xiao and Zhu (2025, arXiv 2501.09223, chapter 4) for the `book` forms.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minirlhf.advantages import (
+    gae,
+    grpo_advantages,
+    masked_mean,
+    rloo_advantages,
+    shape_rewards,
+    whiten,
+)
+from minirlhf.generate import sample
+from minirlhf.kl import AdaptiveKL, Estimator, FixedKL, kl_k3, kl_tokens
+from minirlhf.model import Transformer, response_logprobs
+from minirlhf.optim import FlatAdamW
+from minirlhf.rollout import Rollout
+from minirlhf.text import EOS
+
+Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss stopped being finite; the weights are those of before the failed minibatch."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Everything that decides a PPO run besides its models and prompts."""
+
+    batch: int = 128
+    """answers in one rollout"""
+    max_new_tokens: int = 48
+    """cap on an answer's length, tokens"""
+    temperature: float = 1.0
+    """sampling temperature; policy and reference are scored at it too"""
+    epochs: int = 2
+    """passes over a rollout"""
+    minibatches: int = 2
+    """optimiser steps in a pass"""
+    lr: float = 3e-4
+    """AdamW learning rate"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+    beta: float = 0.05
+    """price of KL, reward sd per nat (the starting value if adaptive)"""
+    kl_place: Literal["reward", "loss", "book_literal", "none"] = "reward"
+    """where the penalty acts; book_literal differentiates the sampled log-ratio itself"""
+    kl_estimator: Estimator = "k1"
+    """k1, k2 or k3 (kl.py)"""
+    kl_aggregation: Literal["sequence_sum", "token_mean"] = "sequence_sum"
+    """an answer pays the sum of its tokens' KL, or their mean"""
+    kl_target: float | None = None
+    """nats per answer that an adaptive beta aims at; none = fixed beta"""
+    kl_horizon: float = 10_000.0
+    """answers over which an adaptive beta reacts"""
+    clip: float = 0.2
+    """epsilon of the clipped ratio"""
+    clip_style: Literal["schulman", "book", "none"] = "schulman"
+    """schulman: pessimistic two-sided; book: min(ratio, 1 + clip); none: no clipping"""
+    value_clip: float | None = None
+    """how far a value may move from its old one, reward sd; none = freely"""
+    value_coef: float = 0.1
+    """weight of the value loss"""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """critic and GAE, or a baseline from the other answers to the same prompt"""
+    group: int = 4
+    """answers to one prompt (rloo, grpo)"""
+    gamma: float = 1.0
+    """discount per token"""
+    lam: float = 0.95
+    """GAE lambda"""
+    whiten_advantages: Literal["none", "scale", "shift_scale"] = "shift_scale"
+    """over the whole rollout"""
+    whiten_rewards: Literal["none", "scores", "rewards"] = "none"
+    """divide scores by their sd before KL is added (this rescales beta!), or rewards after"""
+    missing_eos: Literal["subtract", "replace", "none"] = "subtract"
+    """what happens to the score of an answer that was cut at the cap"""
+    missing_eos_penalty: float = 1.0
+    """how much is subtracted, or the negative of what replaces the score, reward sd"""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """mean over tokens; mean of each answer's mean (1/|y|); or mean of each answer's sum"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "max_new_tokens", "temperature", "epochs", "minibatches", "lr"):
+            _demand(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        for name in ("beta", "value_coef", "missing_eos_penalty"):
+            _demand(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+        for name in ("gamma", "lam"):
+            _demand(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
+        for name in ("kl_target", "value_clip", "kl_horizon", "max_grad_norm"):
+            value = getattr(self, name)
+            _demand(value is None or value > 0, name, value, "must be positive (or none)")
+        _demand(0 < self.clip < 1, "clip", self.clip, "must lie between 0 and 1, for example 0.2")
+        _demand(
+            self.batch % self.minibatches == 0,
+            "minibatches",
+            self.minibatches,
+            f"must divide ppo.batch ({self.batch})",
+        )
+        if self.advantage != "gae":
+            ok = self.group >= 2 and self.batch % self.group == 0
+            _demand(ok, "group", self.group, f"must be >= 2 and divide ppo.batch ({self.batch})")
+        if self.kl_place == "book_literal":
+            hint = "must be k1 with kl_place book_literal, which is the log-ratio itself"
+            _demand(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, hint)
+
+
+def _demand(ok: bool, name: str, value: object, hint: str) -> None:
+    if not ok:
+        raise ValueError(f"ppo.{name} is {value}; it {hint}")
+
+
+def aggregate(x: Tensor, mask: Tensor, how: str = "token_mean") -> Tensor:
+    """Per-token terms [B, T] to one scalar: token_mean, sequence_mean or sequence_sum."""
+    if how == "token_mean":
+        return masked_mean(x, mask)
+    sums = torch.where(mask, x, 0.0).sum(-1)
+    if how == "sequence_mean":
+        sums = sums / mask.sum(-1).clamp(min=1)
+    return sums.mean()
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    style: Literal["schulman", "book", "none"] = "schulman",
+    aggregation: str = "token_mean",
+) -> Tensor:
+    """The clipped surrogate, negated for descent; [B, T] inputs, a scalar out.
+
+    schulman: -min(rho A, clip(rho, 1-eps, 1+eps) A). book: -min(rho, 1+eps) A, which for A < 0
+    neither stops below 1-eps nor pulls back above 1+eps. none: -rho A. rho = pi_theta / pi_old.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    if style == "schulman":
+        bounded = ratio.clamp(1 - clip, 1 + clip)
+        surrogate = torch.minimum(ratio * advantages, bounded * advantages)
+    elif style == "book":
+        surrogate = ratio.clamp(max=1 + clip) * advantages
+    else:
+        surrogate = ratio * advantages
+    return -aggregate(surrogate, mask, aggregation)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None = None,
+) -> Tensor:
+    """Half the mean squared error of values [B, T] to returns; with `clip`, the worse of the
+    free and the clipped error, so that moving past old_values +- clip earns nothing."""
+    error = (values - returns).square()
+    if clip is not None:
+        near = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (near - returns).square())
+    return 0.5 * masked_mean(error, mask)
+
+
+def treat_missing_eos(scores: Tensor, finished: Tensor, config: PPOConfig) -> Tensor:
+    """Scores [B] after the treatment of answers cut at the cap (finished [B] is False)."""
+    if config.missing_eos == "subtract":
+        return torch.where(finished, scores, scores - config.missing_eos_penalty)
+    if config.missing_eos == "replace":
+        return torch.where(finished, scores, -config.missing_eos_penalty)
+    return scores
+
+
+def price_and_credit(rollout: Rollout, config: PPOConfig, beta: float) -> dict[str, Tensor]:
+    """kl, rewards, advantages and returns [B, T] of a rollout that has its scores.
+
+    The advantages are whitened as the config says; the returns never are.
+    """
+    mask = rollout.mask
+    kl = kl_tokens(
+        rollout.logprobs,
+        rollout.ref_logprobs,
+        mask,
+        estimator=config.kl_estimator,
+        aggregation=config.kl_aggregation,
+    )
+    scores = rollout.scores
+    if config.whiten_rewards == "scores":
+        scores = scores / (scores.std() + 1e-8)
+    charged = beta if config.kl_place == "reward" else 0.0
+    rewards = shape_rewards(scores, kl, mask, beta=charged)
+    if config.whiten_rewards == "rewards":
+        rewards = whiten(rewards, mask, shift_mean=False)
+    if config.advantage == "gae":
+        advantages = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
+    else:
+        against = rloo_advantages if config.advantage == "rloo" else grpo_advantages
+        advantages = torch.where(mask, against(rewards.sum(-1), config.group)[:, None], 0.0)
+    returns = advantages + rollout.values if config.advantage == "gae" else rewards
+    if config.whiten_advantages != "none":
+        shift = config.whiten_advantages == "shift_scale"
+        advantages = whiten(advantages, mask, shift_mean=shift)
+    return {"kl": kl, "rewards": rewards, "advantages": advantages, "returns": returns}
+
+
+class Step(NamedTuple):
+    """What one PPO step gives back."""
+
+    metrics: dict[str, float]
+    """slash names, units in docs/metrics.md"""
+    rollout: Rollout
+    """the batch that was learnt from"""
+
+
+class PPO:
+    """A PPO run: step() when you like, change `config` between steps, save and restore exactly."""
+
+    def __init__(
+        self,
+        policy: Transformer,
+        reference: Transformer,
+        reward_model: Scorer,
+        prompts: Tensor,
+        config: PPOConfig,
+        *,
+        seed: int = 0,
+        eos: int = EOS,
+    ):
+        """prompts [N, P] is the table rollouts draw from; reward_model maps (prompts, responses,
+        mask) to scores [B] in reward sd. Raises ValueError if policy and reference share weights.
+        """
+        ours = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+        if any(p.untyped_storage().data_ptr() in ours for p in reference.parameters()):
+            raise ValueError(
+                "policy and reference share weights, so their KL would be 0 for ever; give PPO "
+                "a copy: copy.deepcopy(reference)"
+            )
+        self.policy, self.reference = policy, reference.requires_grad_(False)
+        self.reward_model, self.prompts, self.eos = reward_model, prompts, eos
+        self.optimiser = FlatAdamW(policy, lr=config.lr)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = 0
+        self._config, self.controller = config, _controller(config)
+
+    @property
+    def config(self) -> PPOConfig:
+        """The settings of the next step; assign a new one (dataclasses.replace) to change them."""
+        return self._config
+
+    @config.setter
+    def config(self, config: PPOConfig) -> None:
+        old, self._config = self._config, config
+        kl_dials = ("beta", "kl_target", "kl_horizon")
+        if any(getattr(old, name) != getattr(config, name) for name in kl_dials):
+            self.controller = _controller(config)
+
+    @property
+    def beta(self) -> float:
+        """The price of KL now, reward sd per nat."""
+        return self.controller.beta
+
+    def step(self) -> Step:
+        """Roll out, score, update. Raises TrainingDiverged on a loss that is not finite."""
+        start = time.perf_counter()
+        rollout, seconds = self.rollout()
+        priced = time.perf_counter()
+        metrics = summarise(rollout, self.beta) | self.update(rollout)
+        metrics |= {"seconds/update": time.perf_counter() - priced}
+        metrics |= seconds | {"seconds/step": time.perf_counter() - start}
+        self.controller.update(metrics["objective/kl_nats"], len(rollout))
+        self.steps += 1
+        return Step(metrics, rollout)
+
+    def rollout(self) -> tuple[Rollout, dict[str, float]]:
+        """One batch, scored and credited, and the seconds that sampling and scoring took."""
+        c, clock = self._config, time.perf_counter
+        start = clock()
+        each = c.group if c.advantage != "gae" else 1
+        drawn = torch.randint(len(self.prompts), (c.batch // each,), generator=self.generator)
+        index = drawn.repeat_interleave(each).to(self.prompts.device)
+        prompts = self.prompts[index]
+        answers = sample(
+            self.policy,
+            prompts,
+            max_new_tokens=c.max_new_tokens,
+            eos=self.eos,
+            temperature=c.temperature,
+            generator=self.generator,
+        )
+        sampled = clock()
+        rollout = self._score(prompts, answers, index)
+        seconds = {"seconds/rollout": sampled - start, "seconds/scoring": clock() - sampled}
+        return rollout, seconds
+
+    @torch.no_grad()
+    def _score(self, prompts: Tensor, answers: tuple[Tensor, ...], index: Tensor) -> Rollout:
+        responses, mask, logprobs, values = answers
+        given = (prompts, responses, mask)
+        ref_logprobs, _, ref_eos = response_logprobs(
+            self.reference, *given, temperature=self._config.temperature, eos=self.eos
+        )
+        finished = ((responses == self.eos) & mask).any(-1)
+        scores = treat_missing_eos(self.reward_model(*given), finished, self._config)
+        known = {"finished": finished, "ref_eos_logprobs": ref_eos, "index": index}
+        fields = (*given, logprobs, ref_logprobs, values, scores)
+        bare = Rollout(*fields, **known)
+        return Rollout(*fields, **known, **price_and_credit(bare, self._config, self.beta))
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """The optimiser steps that one rollout pays for; metrics averaged over them."""
+        c, rows = self._config, []
+        self.optimiser.lr = c.lr
+        for _ in range(c.epochs):
+            order = torch.randperm(len(rollout), generator=self.generator)
+            for part in order.to(rollout.mask.device).split(len(rollout) // c.minibatches):
+                loss, metrics = self.loss(rollout.select(part))
+                if not torch.isfinite(loss):
+                    raise TrainingDiverged(
+                        f"PPO loss is {loss.item()} in step {self.steps + 1}: the weights of "
+                        f"before are kept; lower ppo.lr ({c.lr}) or look for a score that is huge"
+                    )
+                self.optimiser.zero_grad()
+                loss.backward()
+                metrics["update/grad_norm"] = self.optimiser.clip_grad(c.max_grad_norm)
+                self.optimiser.step()
+                rows.append(metrics)
+        return {name: float(sum(float(r[name]) for r in rows) / len(rows)) for name in rows[0]}
+
+    def loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to descend for a (mini)batch, and its metrics."""
+        c, mask = self._config, batch.mask
+        logprobs, values = response_logprobs(
+            self.policy, batch.prompts, batch.responses, mask, temperature=c.temperature
+        )
+        assert batch.advantages is not None and batch.returns is not None
+        how = c.loss_aggregation
+        surrogate = ppo_policy_loss(
+            logprobs,
+            batch.logprobs,
+            batch.advantages,
+            mask,
+            clip=c.clip,
+            style=c.clip_style,
+            aggregation=how,
+        )
+        total, metrics = surrogate, {"policy/loss": surrogate.detach()}
+        if c.advantage == "gae":
+            critic = value_loss(values, batch.values, batch.returns, mask, clip=c.value_clip)
+            total, metrics["value/loss"] = total + c.value_coef * critic, critic.detach()
+        if c.kl_place in ("loss", "book_literal"):
+            # same aggregation as the surrogate, so that beta has one meaning in every placement
+            shared = {"estimator": c.kl_estimator, "aggregation": c.kl_aggregation}
+            kl = aggregate(kl_tokens(logprobs, batch.ref_logprobs, mask, **shared), mask, how)
+            total, metrics["policy/kl_loss"] = total + self.beta * kl, kl.detach()
+        return total, metrics | update_metrics(logprobs.detach(), batch, c.clip)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a later step depends on, as flat tensors for one safetensors file."""
+        state = {f"policy.{k}": v.detach().clone() for k, v in self.policy.state_dict().items()}
+        state |= {f"optimiser.{k}": v for k, v in self.optimiser.state_dict().items()}
+        beta = torch.tensor(self.controller.beta, dtype=torch.float64)
+        counts = {"steps": torch.tensor(self.steps), "beta": beta}
+        return state | counts | {"generator": self.generator.get_state().clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue where state_dict() was taken; the steps that follow are equal bit for bit."""
+        for prefix, part in (("policy.", self.policy), ("optimiser.", self.optimiser)):
+            named = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+            part.load_state_dict(named)
+        self.steps, self.controller.beta = int(state["steps"]), float(state["beta"])
+        self.generator.set_state(state["generator"])
+
+
+def _controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
+    if config.kl_target is None:
+        return FixedKL(config.beta)
+    return AdaptiveKL(config.beta, config.kl_target, config.kl_horizon)
+
+
+def summarise(rollout: Rollout, beta: float) -> dict[str, float]:
+    """Metrics of a batch before it is learnt from; none depends on the padding width."""
+    mask = rollout.mask
+    log_ratio = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
+    found = {"objective/score_sd": rollout.scores.mean(), "objective/beta": beta}
+    found |= {"objective/kl_nats": log_ratio.sum(-1).mean()}
+    found |= {"response/length_tokens": mask.sum(-1).double().mean()}
+    if rollout.finished is not None:
+        found["response/finished_share"] = rollout.finished.double().mean()
+    if rollout.advantages is not None:
+        positive = (rollout.advantages > 0).double()
+        found["advantage/positive_share"] = masked_mean(positive, mask)
+    if rollout.returns is not None and rollout.rewards is not rollout.returns:
+        left = (rollout.returns - rollout.values)[mask].var()
+        found["value/explained_variance"] = 1 - left / rollout.returns[mask].var().clamp(min=1e-8)
+    return {name: float(value) for name, value in found.items()}
+
+
+def update_metrics(logprobs: Tensor, batch: Rollout, clip: float) -> dict[str, Tensor]:
+    """How far one minibatch has moved from the policy that sampled it."""
+    mask, ratio = batch.mask, (logprobs - batch.logprobs).exp()
+    return {
+        "policy/clip_share": masked_mean(((ratio - 1).abs() > clip).float(), mask),
+        "policy/old_kl_nats_per_token": masked_mean(kl_k3(batch.logprobs, logprobs), mask),
+        "policy/ratio_max": torch.where(mask, ratio, 0.0).max(),
+    }

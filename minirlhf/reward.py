@@ -1,0 +1,155 @@
+"""The reward model: a Transformer that ranks answers, trained on pairs.
+
+r(x, y) is the scalar head at the last token of the answer (Xiao and Zhu 2025, arXiv 2501.09223,
+chapter 4: h_last W_r). The ranking loss fixes only *differences* between answers to one prompt:
+the offset of a score is free, so after training scores are put on a scale on which the
+reference's own answers have mean 0 and standard deviation 1, "reward sd". It knows nothing of
+what the answers are about. Left out: debiased variants of the training.
+
+Sources: Bradley and Terry (1952); Stiennon et al. (2020, arXiv 2009.01325, section 3.4).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minirlhf.model import Transformer, answer_scalars
+from minirlhf.optim import FlatAdamW
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+class RankedPairs(Protocol):
+    """What training reads: prompts [N, P]; winner and loser [N, T] with their masks."""
+
+    prompts: Tensor
+    chosen: Tensor
+    chosen_mask: Tensor
+    rejected: Tensor
+    rejected_mask: Tensor
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How the reward model is trained."""
+
+    epochs: int = 3
+    """passes over the pairs"""
+    batch: int = 64
+    """pairs in a step"""
+    lr: float = 1e-3
+    """learning rate at the start; it falls linearly to 0"""
+    weight_decay: float = 0.01
+    """AdamW decay"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "lr", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be positive")
+        if self.weight_decay < 0:
+            raise ValueError(f"reward.weight_decay is {self.weight_decay}; it must be at least 0")
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: float = 0.0) -> Tensor:
+    """Mean of -log sigmoid(r_chosen - r_rejected - margin), in nats; scores [B] each.
+
+    The gradient on r_chosen is -(1 - p) / B with p the modelled chance of the label: a pair that
+    is ranked well already teaches nothing.
+    """
+    return -F.logsigmoid(chosen - rejected - margin).mean()
+
+
+class RewardModel(nn.Module):
+    """A Transformer read as a scorer, with the scale that makes its scores "reward sd"."""
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, trunk: Transformer, *, mean: float = 0.0, sd: float = 1.0):
+        super().__init__()
+        self.trunk = trunk
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("sd", torch.tensor(sd))
+
+    def forward(self, prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
+        """Scores [B] in reward sd of responses [B, T] to prompts [B, P]; differentiable."""
+        return (answer_scalars(self.trunk, prompts, responses, mask) - self.mean) / self.sd
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Tensor, responses: Tensor, mask: Tensor, *, chunk: int = 1024
+    ) -> Tensor:
+        """As forward(), without gradients, in chunks of rows."""
+        parts = zip(prompts.split(chunk), responses.split(chunk), mask.split(chunk), strict=True)
+        return torch.cat([self(*part) for part in parts])
+
+    def calibrate(self, prompts: Tensor, responses: Tensor, mask: Tensor) -> None:
+        """Set the scale so that these answers (the reference's own) score mean 0, sd 1.
+
+        Raises ValueError if they all score alike, which leaves no unit to measure in.
+        """
+        self.mean.fill_(0.0), self.sd.fill_(1.0)
+        raw = self.score(prompts, responses, mask)
+        if not raw.std() > 1e-6:
+            raise ValueError("the reward model gives every reference answer one score; train it")
+        self.mean.copy_(raw.mean()), self.sd.copy_(raw.std())
+
+
+def train_reward(
+    model: RewardModel,
+    pairs: RankedPairs,
+    config: RewardConfig,
+    *,
+    generator: torch.Generator,
+    progress: Progress = lambda step, total, metrics: None,
+) -> list[dict[str, float]]:
+    """Fit `model` to ranked pairs in place; one row of metrics per step.
+
+    Raises FloatingPointError if the loss stops being finite.
+    """
+    optimiser = FlatAdamW(model.trunk, lr=config.lr, weight_decay=config.weight_decay)
+    count = len(pairs.prompts)
+    total, history = config.epochs * (count // config.batch), []
+    for _ in range(config.epochs):
+        order = torch.randperm(count, generator=generator).to(pairs.prompts.device)
+        for rows in order[: count - count % config.batch].split(config.batch):
+            optimiser.lr = config.lr * (1 - len(history) / total)
+            chosen, rejected = score_pairs(model, pairs, rows)
+            loss = bradley_terry_loss(chosen, rejected)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"reward model loss is {loss.item()} at step {len(history)}; "
+                    f"lower reward.lr ({config.lr}) and train again"
+                )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.clip_grad(config.max_grad_norm)
+            optimiser.step()
+            accuracy = (chosen > rejected).float().mean()
+            history.append({"reward/loss": loss.item(), "reward/accuracy": accuracy.item()})
+            progress(len(history), total, history[-1])
+    return history
+
+
+def score_pairs(
+    model: RewardModel, pairs: RankedPairs, rows: Tensor | slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """Scores of the winners and of the losers of `rows`, [N] each, in one pass."""
+    prompts = pairs.prompts[rows].repeat(2, 1)
+    answers = torch.cat([pairs.chosen[rows], pairs.rejected[rows]])
+    mask = torch.cat([pairs.chosen_mask[rows], pairs.rejected_mask[rows]])
+    chosen, rejected = model(prompts, answers, mask).chunk(2)
+    return chosen, rejected
+
+
+@torch.no_grad()
+def ranking_accuracy(model: RewardModel, pairs: RankedPairs) -> float:
+    """Share of pairs whose winner scores higher; a tie counts one half."""
+    chosen, rejected = score_pairs(model, pairs)
+    return ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item()

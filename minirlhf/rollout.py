@@ -1,0 +1,98 @@
+"""Rollout: the one carrier of a PPO batch, from the sampler to the autopsy and to disk.
+
+Shapes: B answers, P prompt tokens (padded on the left), T response tokens (padded on the right).
+`mask` [B, T] is True on the response tokens that the policy chose, up to and including EOS.
+Entries outside the mask carry no meaning and are 0. Index t of every [B, T] field is response
+token t; `values[:, t]` is the value of the state before that token.
+Left out: where a batch comes from. A file of another framework, once converted, is a Rollout too.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf.advantages import last_token
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch: text, log-probs, values, scores, and what PPO made of them."""
+
+    prompts: Tensor
+    """[B, P] token ids"""
+    responses: Tensor
+    """[B, T] token ids"""
+    mask: Tensor
+    """[B, T] bool"""
+    logprobs: Tensor
+    """[B, T] nats: log pi_old of the sampled tokens, at the sampling temperature"""
+    ref_logprobs: Tensor
+    """[B, T] nats: the same tokens under the frozen reference, same temperature"""
+    values: Tensor
+    """[B, T] reward sd: the critic before each token"""
+    scores: Tensor
+    """[B] reward sd: what PPO was given for the whole answer, after any missing-EOS treatment"""
+    kl: Tensor | None = None
+    """[B, T] nats: what the penalty charged (estimator and aggregation applied)"""
+    rewards: Tensor | None = None
+    """[B, T] reward sd: -beta * kl, plus the score on the last token"""
+    advantages: Tensor | None = None
+    """[B, T] what multiplies the gradient: whitened, if the run whitens"""
+    returns: Tensor | None = None
+    """[B, T] reward sd: the critic's target"""
+    finished: Tensor | None = None
+    """[B] bool: the answer ended by EOS (False: cut at the cap)"""
+    ref_eos_logprobs: Tensor | None = None
+    """[B, T] nats: log-probability that the reference would have stopped before this token"""
+    index: Tensor | None = None
+    """[B] which prompt of the caller's prompt table each row answers"""
+
+    def __post_init__(self) -> None:
+        batch, steps = self.responses.shape
+        shapes = {"prompts": (batch, self.prompts.shape[-1]), "scores": (batch,)}
+        shapes |= {"finished": (batch,), "index": (batch,)}
+        for name, tensor in self.tensors().items():
+            expected = shapes.get(name, (batch, steps))
+            if tuple(tensor.shape) != expected:
+                raise ValueError(
+                    f"rollout field {name!r} has shape {tuple(tensor.shape)}, expected {expected}"
+                )
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"rollout field {name!r} holds NaN or infinity; find the step that made it"
+                )
+        if self.mask.dtype != torch.bool:
+            raise ValueError(f"rollout mask is {self.mask.dtype}; give a bool tensor")
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are present, by name."""
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in present.items() if tensor is not None}
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] tokens of each answer, EOS included."""
+        return self.mask.sum(-1)
+
+    @property
+    def last(self) -> Tensor:
+        """[B] index of each answer's last token; -1 for an answer without one."""
+        return last_token(self.mask)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The rollout of the given rows (indices or a bool [B])."""
+        return replace(self, **{name: t[rows] for name, t in self.tensors().items()})
+
+    def to(self, *args: Any, **kwargs: Any) -> "Rollout":
+        """Tensor.to for the floating-point fields; device moves apply to all fields."""
+        moved = {}
+        for name, tensor in self.tensors().items():
+            out = tensor.to(*args, **kwargs)
+            keep = not tensor.is_floating_point() and out.dtype != tensor.dtype
+            moved[name] = out.to(tensor.dtype) if keep else out
+        return replace(self, **moved)

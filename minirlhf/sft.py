@@ -1,0 +1,75 @@
+"""Supervised fine-tuning: the reference model learns the desk's demonstrations.
+
+Cross-entropy on the response tokens only, EOS included: the model learns when to stop as it
+learns what to say. What comes out is the policy PPO starts from and, frozen, the reference that
+the KL penalty measures against. Left out: validation-based stopping (fresh demonstrations are
+free here, so over-fitting is not the risk).
+
+Source: Ouyang et al. (2022, arXiv 2203.02155, section 3.5).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minirlhf.model import Transformer, response_heads, token_logprobs
+from minirlhf.optim import FlatAdamW
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """How the reference is trained."""
+
+    demonstrations: int = 8000
+    """prompt-answer pairs drawn from the desk"""
+    steps: int = 400
+    """optimiser steps"""
+    batch: int = 128
+    """demonstrations in a step"""
+    lr: float = 3e-3
+    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+
+    def __post_init__(self) -> None:
+        for name in ("demonstrations", "steps", "batch", "lr", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"sft.{name} is {getattr(self, name)}; it must be positive")
+
+
+def train_sft(
+    model: Transformer,
+    prompts: Tensor,
+    responses: Tensor,
+    mask: Tensor,
+    config: SFTConfig,
+    *,
+    generator: torch.Generator,
+    progress: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None,
+) -> list[dict[str, float]]:
+    """Fit `model` in place to prompts [N, P] -> responses [N, T]; one row of metrics per step.
+
+    Raises FloatingPointError if the loss stops being finite.
+    """
+    optimiser = FlatAdamW(model, lr=config.lr)
+    warm_up, history = max(1, config.steps // 10), []
+    for step in range(config.steps):
+        rows = torch.randint(len(prompts), (config.batch,), generator=generator)
+        rows = rows.to(prompts.device)
+        left = (config.steps - step) / (config.steps - warm_up + 1)
+        optimiser.lr = config.lr * min((step + 1) / warm_up, left)
+        logits, _ = response_heads(model, prompts[rows], responses[rows], mask[rows])
+        loss = -token_logprobs(logits, responses[rows][mask[rows]]).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"reference loss is {loss.item()} at step {step}; lower sft.lr ({config.lr})"
+            )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.clip_grad(config.max_grad_norm)
+        optimiser.step()
+        history.append({"sft/loss_nats": loss.item()})
+        progress(step + 1, config.steps, history[-1])
+    return history

@@ -1,0 +1,148 @@
+"""Files: safetensors for weights and batches, Parquet for tables, JSON for the rest.
+
+Every write goes to a temporary neighbour first and is then renamed, so a reader never meets half
+a file and a full disk leaves the old one. Nothing is pickled: a checkpoint from a stranger can be
+refused, but it cannot run code. Every failure is one sentence: what, where, what to do.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minirlhf.model import Transformer, TransformerConfig
+from minirlhf.rollout import Rollout
+
+
+class StoreError(RuntimeError):
+    """A file could not be written or read; the message says which and what to do."""
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
+    """Call write(temporary) and rename the result to `path`. Raises StoreError, leaves no scrap."""
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(scratch)
+        scratch.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StoreError(
+            f"cannot write {path}: {reason}; free some space or choose another folder "
+            "(an earlier version of the file is untouched)"
+        ) from error
+    finally:
+        # a folder that cannot be written can hold no scrap either
+        try:
+            scratch.unlink(missing_ok=True)
+        except OSError:
+            pass
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write UTF-8 text atomically."""
+    return write_atomic(path, lambda p: p.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write strict JSON (no NaN) atomically, two-space indented."""
+    return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises StoreError where it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read {path}: {error}; restore the file or make it anew") from error
+
+
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows as Parquet, atomically."""
+    import pandas as pd  # costs 0.4 s: only where a table is made
+
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    return write_atomic(path, lambda p: frame.to_parquet(p, index=False))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
+    """Write tensors and a JSON-able description as one safetensors file."""
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    notes = {"minirlhf": json.dumps(dict(meta), sort_keys=True)}
+    return write_atomic(path, lambda p: save_file(plain, p, metadata=notes))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what save_tensors() wrote. Raises StoreError if missing, truncated or foreign."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            meta = json.loads((file.metadata() or {}).get("minirlhf", "{}"))
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise StoreError(f"no file {path}: check the path or make it anew") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StoreError(
+            f"{path} is damaged or not a safetensors file ({error}); restore it or make it anew"
+        ) from error
+
+
+def save_model(path: Path, model: Transformer, *, vocabulary: str, **meta: Any) -> Path:
+    """Write a model with its sizes and the fingerprint of its vocabulary."""
+    meta = {"kind": "model", "config": asdict(model.config), "vocabulary": vocabulary, **meta}
+    return save_tensors(path, model.state_dict(), meta)
+
+
+def load_model(path: Path, *, vocabulary: str) -> Transformer:
+    """Read a model; StoreError if it is no model or was trained with another vocabulary."""
+    return build_model(*load_tensors(path), vocabulary=vocabulary, source=path)
+
+
+def build_model(
+    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, vocabulary: str, source: Path
+) -> Transformer:
+    """The model that loaded `tensors` and `meta` describe; `source` names them in errors."""
+    if meta.get("kind") != "model":
+        raise StoreError(f"{source} holds a {meta.get('kind', 'foreign file')}, not a model")
+    if meta["vocabulary"] != vocabulary:
+        raise StoreError(
+            f"{source} was trained with another vocabulary ({meta['vocabulary']}, the desk's is "
+            f"{vocabulary}): use the desk.toml it was trained on, or train it anew"
+        )
+    model = Transformer(TransformerConfig(**meta["config"]))
+    model.load_state_dict(dict(tensors))
+    return model
+
+
+def save_rollout(path: Path, rollout: Rollout, **meta: Any) -> Path:
+    """Write a PPO batch and what is known about it."""
+    return save_tensors(path, rollout.tensors(), {"kind": "rollout", **meta})
+
+
+def load_rollout(path: Path) -> tuple[Rollout, dict[str, Any]]:
+    """Read a PPO batch and its description. Raises StoreError."""
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "rollout":
+        raise StoreError(f"{path} holds a {meta.get('kind', 'foreign file')}, not a rollout")
+    try:
+        return Rollout(**tensors), meta
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{path} is not a usable rollout: {error}") from error
+
+
+def pack_generator(generator: torch.Generator) -> Tensor:
+    """A random generator's state, as a tensor for a checkpoint."""
+    return generator.get_state().clone()
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
