@@ -2,7 +2,7 @@
 
 Every rule that grading relies on is checked here, once, and every complaint names the file, the
 line and what to change: a desk that loads can be graded. What the entries mean is written beside
-them in the file itself; what is done with them is in `desk`. Left out on purpose: defaults, and the merging of files.
+them in the file itself, what is done with them in `desk`. Left out on purpose: default entries.
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import Any
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # the same parser under its old name
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 STRATA = ("brief", "detailed")
 WRITERS = ("reference", "candidate")
@@ -163,10 +163,10 @@ class _Sheet:
 
     def number(self, section: str, key: str, low: float, high: float) -> float:
         value = self.table(section).get(key)
-        if type(value) not in (int, float) or not low <= value <= high:
-            what = f"{key} in [{section}] is {value!r}; give a number in {low}..{high}"
-            raise self.error(section, key, what)
-        return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
+            return value
+        what = f"{key} in [{section}] is {value!r}; give a number in {low}..{high}"
+        raise self.error(section, key, what)
 
     def texts(self, section: str, key: str, unique: bool = True) -> tuple[str, ...]:
         return self.listed(section, key, self.table(section).get(key), unique)
@@ -198,11 +198,11 @@ def _label(sheet: _Sheet, slot: str) -> str:
 
 def _facts(sheet: _Sheet, n_slots: int) -> tuple[int, int]:
     facts = sheet.table("desk").get("facts")
-    pair = isinstance(facts, list) and len(facts) == 2 and all(type(f) is int for f in facts)
-    if not pair or not 1 <= facts[0] <= facts[1] <= n_slots:
-        what = f"facts in [desk] is {facts!r}; give [fewest, most] within 1..{n_slots}, the slots"
-        raise sheet.error("desk", "facts", what)
-    return facts[0], facts[1]
+    match facts:
+        case [int(low), int(high)] if 1 <= low <= high <= n_slots:
+            return low, high
+    what = f"facts in [desk] is {facts!r}; give [fewest, most] within 1..{n_slots}, the slots"
+    raise sheet.error("desk", "facts", what)
 
 
 def _intent(sheet: _Sheet, name: str, slots: dict[str, tuple[str, ...]]) -> Intent:
