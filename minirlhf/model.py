@@ -113,15 +113,16 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, *, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.context, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.final_norm = nn.LayerNorm(config.d_model)
-        self.scalar = nn.Linear(config.d_model, 1)
-        self._initialise(generator)
+        with torch.random.fork_rng(devices=[]):  # nn's layers draw from the global RNG when made
+            self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+            self.positions = nn.Embedding(config.context, config.d_model)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.final_norm = nn.LayerNorm(config.d_model)
+            self.scalar = nn.Linear(config.d_model, 1)
+        self._initialise(generator or torch.Generator())
 
     @torch.no_grad()
-    def _initialise(self, generator: torch.Generator | None) -> None:
+    def _initialise(self, generator: torch.Generator) -> None:
         # GPT-2's scheme; drawn on the CPU so that a seed means the same weights on every device
         residual = 0.02 / (2 * self.config.n_layer) ** 0.5
         for name, p in self.named_parameters():
