@@ -1,0 +1,183 @@
+"""The notebook builder: what it stores, what it keeps across builds, and what its check catches."""
+
+import copy
+
+import build_notebooks as bn
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+
+MASTER = """# %% [markdown]
+# # A title
+
+# %%
+x = 6 * 7
+print(x)
+
+
+# %% tags=["exercise"]
+import ipywidgets as W
+
+W.FloatSlider(value=0.5)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with one master and the notebook built from it (one kernel start, about 2 s)."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    (folder / "masters").mkdir()
+    (folder / "masters" / "00_tiny.py").write_text(MASTER, encoding="utf-8")
+    bn.build(folder / "masters" / "00_tiny.py", folder)
+    return folder
+
+
+@pytest.fixture
+def notebook(built):
+    return nbformat.read(built / "00_tiny.ipynb", as_version=4)
+
+
+def test_built_notebook_is_executed_and_passes_its_own_check(built, notebook):
+    assert bn.check(built) == []
+    assert notebook.cells[1].outputs[0].text == "42\n"
+    assert [cell.get("execution_count") for cell in notebook.cells[1:]] == [1, 2]
+    assert notebook.cells[2].metadata == {"tags": ["exercise"]}
+    assert bn.WIDGET in notebook.cells[2].outputs[0].data
+    assert "widgets" not in notebook.metadata and "jupytext" not in notebook.metadata
+
+
+def test_second_build_writes_the_same_bytes(built):
+    target = built / "00_tiny.ipynb"
+    before = target.read_bytes()
+    bn.build(built / "masters" / "00_tiny.py", built)
+    assert target.read_bytes() == before
+
+
+def test_ids_stay_with_their_cells_when_one_is_inserted(tmp_path, notebook):
+    master = tmp_path / "m.py"
+    master.write_text("# %%\nnew = 1\n\n" + MASTER + "\n# %%\nnew = 1\n", encoding="utf-8")
+    changed = bn.read_master(master)
+    bn.keep_ids(changed, notebook)
+    ids = [cell.id for cell in changed.cells]
+    assert ids[1:4] == [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == 5  # the two equal new cells differ
+    again = bn.read_master(master)
+    bn.keep_ids(again, notebook)
+    assert [cell.id for cell in again.cells] == ids
+
+
+def test_failing_cell_leaves_the_old_notebook(tmp_path):
+    (tmp_path / "bad.py").write_text("# %%\nraise ValueError('no')\n", encoding="utf-8")
+    old = nbformat.v4.writes(nbformat.v4.new_notebook())
+    (tmp_path / "bad.ipynb").write_text(old, encoding="utf-8")
+    with pytest.raises(CellExecutionError, match="no"):
+        bn.build(tmp_path / "bad.py", tmp_path)
+    assert (tmp_path / "bad.ipynb").read_text(encoding="utf-8") == old
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def stored_error(nb):
+    nb.cells[1].outputs = [nbformat.v4.new_output("error", ename="KeyError", evalue="k")]
+
+
+def stderr(nb):
+    nb.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text="warning")]
+
+
+def stale_count(nb):
+    nb.cells[2].execution_count = 7
+
+
+def not_run(nb):
+    nb.cells[1].execution_count = None
+
+
+def widget_state(nb):
+    nb.metadata["widgets"] = {}
+
+
+def other_kernel(nb):
+    nb.metadata.kernelspec.name = "my-env"
+
+
+def twin_ids(nb):
+    nb.cells[1].id = nb.cells[0].id
+
+
+def own_path(nb):
+    nb.cells[1].outputs[0].text = "saved to /home/ada/course/run"
+
+
+def windows_path(nb):
+    nb.cells[1].outputs[0].text = r"saved to C:\Users\ada"
+
+
+def edited(nb):
+    nb.cells[1].source += "\nprint('by hand')"
+
+
+def lost_tag(nb):
+    nb.cells[2].metadata = nbformat.NotebookNode()
+
+
+def lost_cell(nb):
+    del nb.cells[2]
+
+
+def too_big(nb):
+    nb.cells[1].outputs[0].text = "x" * bn.MAX_BYTES
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (stored_error, "cell 1: an error is stored: KeyError"),
+        (stderr, "cell 1: something was written to stderr"),
+        (stale_count, "execution counts are not 1..n"),
+        (not_run, "execution counts are not 1..n"),
+        (widget_state, "widget state is stored"),
+        (other_kernel, "the kernel is not python3"),
+        (twin_ids, "cell ids are missing or not unique"),
+        (own_path, "cell 1: a path of one machine: /home/ada"),
+        (windows_path, r"cell 1: a path of one machine: C:\Users"),
+        (edited, "cell 1: source differs from the master"),
+        (lost_tag, "cell 2: metadata differs from the master"),
+        (lost_cell, "2 cells, its master has 3"),
+        (too_big, "kB, the limit is 500"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_check_catches(spoil, message, built, notebook, tmp_path):
+    (tmp_path / "masters").mkdir()
+    (tmp_path / "masters" / "00_tiny.py").write_text(MASTER, encoding="utf-8")
+    spoilt = copy.deepcopy(notebook)
+    spoil(spoilt)
+    (tmp_path / "00_tiny.ipynb").write_text(nbformat.v4.writes(spoilt), encoding="utf-8")
+    problems = bn.check(tmp_path)
+    assert len(problems) == 1
+    assert problems[0].startswith("00_tiny.ipynb: ")
+    assert message in problems[0]
+
+
+def test_check_says_what_is_no_notebook(tmp_path):
+    (tmp_path / "masters").mkdir()
+    (tmp_path / "masters" / "00_a.py").write_text(MASTER, encoding="utf-8")
+    for text in ("", "{}", "[1]"):
+        (tmp_path / "00_a.ipynb").write_text(text, encoding="utf-8")
+        (problem,) = bn.check(tmp_path)
+        assert problem.startswith("00_a.ipynb: not a notebook")
+
+
+def test_check_names_masters_and_notebooks_without_each_other(tmp_path):
+    (tmp_path / "masters").mkdir()
+    (tmp_path / "masters" / "01_a.py").write_text(MASTER, encoding="utf-8")
+    (tmp_path / "02_b.ipynb").write_text("{}", encoding="utf-8")
+    assert bn.check(tmp_path) == [
+        "01_a.ipynb: not built from its master",
+        "02_b.ipynb: no master in masters/",
+    ]
+
+
+def test_web_addresses_and_fractions_are_no_paths():
+    for text in ("arxiv.org/abs/1707.06347", "https://a.b/home/x", "tokens/home/x", "kl: 3/work"):
+        assert bn.OWN_PATH.search(text) is None
