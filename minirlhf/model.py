@@ -123,11 +123,14 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
-        # GPT-2's scheme; drawn on the CPU so that a seed means the same weights on every device
-        residual = 0.02 / (2 * self.config.n_layer) ** 0.5
+        # Drawn on the CPU so that a seed means the same weights on every device. Matrices keep
+        # the size of what goes through them; embeddings are large enough that a word is told
+        # from another at step 0, which is when copying a fact from the prompt is learnt.
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                std = residual if name.endswith(("out.weight", "down.weight")) else 0.02
+                std = {"tokens.weight": 0.2, "positions.weight": 0.02}.get(name, p.shape[1] ** -0.5)
+                if name.endswith(("out.weight", "down.weight")):
+                    std /= (2 * self.config.n_layer) ** 0.5  # the residual stream adds them up
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
             elif "norm" not in name:
                 p.zero_()
