@@ -51,7 +51,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     p = logp.exp()
-    return torch.where(p > 0, p * (logp - ref_logp), torch.zeros_like(p)).sum(-1)
+    # masked before the product: 0 * -inf would be NaN in the gradient
+    return (p * torch.where(p > 0, logp - ref_logp, 0.0)).sum(-1)
 
 
 def kl_tokens(
@@ -67,7 +68,13 @@ def kl_tokens(
     `sequence_sum`: a token pays its own estimate, so an answer pays the sum over its tokens.
     `token_mean`: each estimate is divided by the answer's length, so an answer pays the mean and
     a fork of 3 nats costs less the longer the answer that hides it.
+    Raises ValueError for another estimator or aggregation.
     """
+    if estimator not in ESTIMATORS or aggregation not in ("sequence_sum", "token_mean"):
+        raise ValueError(
+            f"no KL estimator {estimator!r} with aggregation {aggregation!r}: use k1, k2 or k3, "
+            "and sequence_sum or token_mean"
+        )
     per_token = torch.where(mask, ESTIMATORS[estimator](logprobs, ref_logprobs), 0.0)
     if aggregation == "token_mean":
         per_token = per_token / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -91,7 +98,8 @@ class AdaptiveKL:
 
     `target` and the `kl` given to update() must be in the same unit, nats per *answer*; `horizon`
     is in answers. The error is clipped to +-0.2, so doubling beta takes at least
-    log(2) / log(1 + 0.2 * n / horizon) updates: slower than most drifts.
+    log(2) / log(1 + 0.2 * n / horizon) updates: slower than most drifts. More than `horizon`
+    answers at once count as `horizon`, so that beta cannot jump below zero.
     """
 
     beta: float
@@ -99,14 +107,15 @@ class AdaptiveKL:
     horizon: float
 
     def __post_init__(self) -> None:
-        if self.target <= 0 or self.horizon <= 0:
+        if not (self.beta > 0 and self.target > 0 and self.horizon > 0):
             raise ValueError(
-                f"AdaptiveKL target {self.target} and horizon {self.horizon} must be positive: "
-                "target in nats per answer, horizon in answers"
+                f"AdaptiveKL beta {self.beta}, target {self.target} and horizon {self.horizon} "
+                "must be positive: target in nats per answer, horizon in answers (a beta of 0 "
+                "would stay 0)"
             )
 
     def update(self, kl: float, n: int) -> float:
         """Move beta by the clipped relative error of `kl`, measured over `n` answers."""
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.beta *= 1.0 + error * n / self.horizon
+        self.beta *= 1.0 + error * min(n / self.horizon, 1.0)
         return self.beta

@@ -36,6 +36,9 @@ class Vocabulary:
         if len(self._ids) != len(self.words):
             twice = sorted({w for w in self.words if self.words.count(w) > 1})
             raise ValueError(f"vocabulary lists {twice[0]!r} twice; list every word once")
+        split = [word for word in self.words if word.split() != [word]]
+        if split:
+            raise ValueError(f"word {split[0]!r} is empty or holds white space; no text can say it")
 
     def __len__(self) -> int:
         return len(self.words)
@@ -63,7 +66,7 @@ class Vocabulary:
 
 
 def left_pad(sequences: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
-    """Prompts as one LongTensor [B, P], padded on the left. Raises ValueError if one is too long."""
+    """Prompts as one LongTensor [B, P], padded on the left. ValueError if one does not fit."""
     width = max(map(len, sequences)) if width is None else width
     out = torch.full((len(sequences), width), PAD)
     for row, ids in enumerate(sequences):

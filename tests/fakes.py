@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minirlhf.advantages import last_token
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.rollout import Rollout
 from minirlhf.text import EOS
@@ -29,7 +28,7 @@ def tiny_model(
     config = TransformerConfig(vocab, context, d_model=d_model, n_layer=n_layer, n_head=n_head)
     model = Transformer(config, generator=generator).to(dtype)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(spread)
             else:
@@ -128,9 +127,7 @@ def fake_rollout(
     )
 
 
-def naive_gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> Tensor:
+def naive_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     """A_t = sum_k (gamma lam)^k delta_{t+k}, a double loop in float64 over the unmasked tokens."""
     out = torch.zeros(mask.shape, dtype=torch.float64)
     for b in range(len(mask)):
@@ -141,8 +138,3 @@ def naive_gae(
         for i, t in enumerate(at):
             out[b, t] = sum((gamma * lam) ** (j - i) * delta[j] for j in range(i, len(at)))
     return out
-
-
-def no_tokens(mask: Tensor) -> Tensor:
-    """Rows without a single chosen token."""
-    return last_token(mask) < 0
