@@ -71,7 +71,7 @@ def whitening_moments(x: Tensor, mask: Tensor, *, ddof: int = 1) -> tuple[Tensor
     n = mask.sum()
     mean = masked_mean(x, mask)
     variance = torch.where(mask, (x - mean).square(), 0.0).sum() / (n - ddof).clamp(min=1)
-    return mean, torch.where(n > ddof, (variance + 1e-8).sqrt(), torch.ones_like(variance))
+    return mean, torch.where(n > 1, (variance + 1e-8).sqrt(), torch.ones_like(variance))
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int = 1) -> Tensor:

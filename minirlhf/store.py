@@ -8,6 +8,7 @@ refused, but it cannot run code. Every failure is one sentence: what, where, wha
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,8 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
         ) from error
     finally:
         # a folder that cannot be written can hold no scrap either
-        try:
+        with suppress(OSError):
             scratch.unlink(missing_ok=True)
-        except OSError:
-            pass
     return path
 
 
@@ -63,7 +62,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {path}: {error}; restore the file or make it anew") from error
+        raise StoreError(
+            f"cannot read {path}: {error}; restore the file or make it anew"
+        ) from error
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -117,8 +118,14 @@ def build_model(
             f"{source} was trained with another vocabulary ({meta['vocabulary']}, the desk's is "
             f"{vocabulary}): use the desk.toml it was trained on, or train it anew"
         )
-    model = Transformer(TransformerConfig(**meta["config"]))
-    model.load_state_dict(dict(tensors))
+    try:
+        model = Transformer(TransformerConfig(**meta["config"]))
+        model.load_state_dict(dict(tensors))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).split("\n\t")[-1]
+        raise StoreError(
+            f"{source} does not hold the model it describes ({reason}); make it anew"
+        ) from error
     return model
 
 
