@@ -141,11 +141,11 @@ class _Sheet:
     def line(self, section: str, entry: str = "") -> int:
         """Line of an entry (a key, or a text in quotes), else of the section or its parent."""
         heads = [i for i, line in enumerate(self.lines) if re.match(r"\s*\[[\w.\- ]+\]", line)]
-        named = (i for i in heads if self.lines[i].split("]")[0].strip(" [") == section)
-        start = next(named, None)
-        if start is None:
+        named = [i for i in heads if self.lines[i].split("]")[0].strip(" [") == section]
+        if not named:
             above, _, name = section.rpartition(".")
             return self.line(above, name) if above else max(len(self.lines), 1)
+        start = named[0]
         end = next((i for i in heads if i > start), len(self.lines))
         sought = rf"\s*{re.escape(entry)}\s*=|[^#]*[\"']{re.escape(entry)}[\"']"
         hits = (i for i in range(start + 1, end) if entry and re.match(sought, self.lines[i]))
@@ -171,19 +171,19 @@ class _Sheet:
     def texts(self, section: str, key: str, unique: bool = True) -> tuple[str, ...]:
         return self.listed(section, key, self.table(section).get(key), unique)
 
-    def listed(self, section: str, key: str, values: Any, unique: bool = True) -> tuple[str, ...]:
-        """A list of one or more texts, white space tidied."""
-        if not isinstance(values, list) or not all(
-            isinstance(v, str) and v.split() for v in values
-        ):
-            values = None
-        if not values:
+    def listed(
+        self, section: str, key: str, values: Any, unique: bool = True, at: str = ""
+    ) -> tuple[str, ...]:
+        """A list of one or more texts, white space tidied; `at` is an entry on its line."""
+        texts = values if isinstance(values, list) else []
+        if not texts or not all(isinstance(v, str) and v.split() for v in texts):
             what = f'{key} in [{section}] must list one or more texts: {key} = ["..."]'
-            raise self.error(section, key, what)
-        tidy = tuple(" ".join(v.split()) for v in values)
+            raise self.error(section, at or key, what)
+        tidy = tuple(" ".join(v.split()) for v in texts)
         if unique and len(set(tidy)) < len(tidy):
             twice = next(text for text in tidy if tidy.count(text) > 1)
-            raise self.error(section, key, f"{key} in [{section}] has {twice!r} twice; drop one")
+            what = f"{key} in [{section}] has {twice!r} twice; drop one"
+            raise self.error(section, at or key, what)
         return tidy
 
 
@@ -240,7 +240,7 @@ def _steps(sheet: _Sheet, section: str) -> tuple[tuple[str, tuple[str, ...]], ..
         if not isinstance(key, str) or not key or key in steps:
             what = f"each step of [{section}] needs a key word of its own, got {key!r}"
             raise sheet.error(section, key if isinstance(key, str) else "steps", what)
-        steps[key] = sheet.listed(section, "say", step.get("say"))
+        steps[key] = sheet.listed(section, "say", step.get("say"), at=key)
         for text in steps[key]:
             if key not in text.split():
                 raise sheet.error(section, text, f"{text!r} lacks its key word {key!r}; add it")
@@ -260,6 +260,7 @@ def _sentence(sheet: _Sheet, section: str, text: str, slot: str | None) -> None:
 def _check_words(sheet: _Sheet, spec: DeskSpec) -> None:
     """A word that decides a grade means one thing only."""
     owner: dict[str, str] = {}
+    every: dict[str, str] = {}
     for slot, values in spec.slots.items():
         for value in values:
             if len(value.split()) != 1 or value in owner:
@@ -268,7 +269,6 @@ def _check_words(sheet: _Sheet, spec: DeskSpec) -> None:
                 raise sheet.error(f"slots.{slot}", value, what)
             owner[value] = f"a value of {slot}"
     marker = dict.fromkeys(spec.markers, "a hedge marker")
-    every: dict[str, str] = {}
     for name, intent in spec.intents.items():
         keys = {key: f"the key of a step of {name}" for key, _ in intent.says if key}
         every |= keys
