@@ -20,7 +20,7 @@ def tiny_model(
     d_model: int = 8,
     n_layer: int = 2,
     n_head: int = 2,
-    spread: float = 15.0,
+    spread: float = 3.0,
     dtype: torch.dtype = torch.float64,
 ) -> Transformer:
     """A Transformer far from uniform: initial weights times `spread`, values not zero."""
