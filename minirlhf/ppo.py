@@ -16,8 +16,8 @@ Sources: Schulman et al. (2017, arXiv 1707.06347, eq. 7 and 9); Ziegler et al. (
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -102,6 +102,10 @@ class PPOConfig:
     """mean over tokens; mean of each answer's mean (1/|y|); or mean of each answer's sum"""
 
     def __post_init__(self) -> None:
+        for f in fields(self):  # a misspelt option would silently mean another one
+            if get_origin(f.type) is Literal:
+                value, options = getattr(self, f.name), get_args(f.type)
+                _demand(value in options, f.name, value, f"must be one of {', '.join(options)}")
         for name in ("batch", "max_new_tokens", "temperature", "epochs", "minibatches", "lr"):
             _demand(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         for name in ("beta", "value_coef", "missing_eos_penalty"):
@@ -124,6 +128,8 @@ class PPOConfig:
         if self.kl_place == "book_literal":
             hint = "must be k1 with kl_place book_literal, which is the log-ratio itself"
             _demand(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, hint)
+        if self.kl_target is not None:
+            _demand(self.beta > 0, "beta", self.beta, "must be positive where kl_target moves it")
 
 
 def _demand(ok: bool, name: str, value: object, hint: str) -> None:
@@ -138,6 +144,8 @@ def aggregate(x: Tensor, mask: Tensor, how: str = "token_mean") -> Tensor:
     sums = torch.where(mask, x, 0.0).sum(-1)
     if how == "sequence_mean":
         sums = sums / mask.sum(-1).clamp(min=1)
+    elif how != "sequence_sum":
+        raise ValueError(f"no aggregation {how!r}: token_mean, sequence_mean or sequence_sum")
     return sums.mean()
 
 
@@ -162,8 +170,10 @@ def ppo_policy_loss(
         surrogate = torch.minimum(ratio * advantages, bounded * advantages)
     elif style == "book":
         surrogate = ratio.clamp(max=1 + clip) * advantages
-    else:
+    elif style == "none":
         surrogate = ratio * advantages
+    else:
+        raise ValueError(f"no clip style {style!r}: use schulman, book or none")
     return -aggregate(surrogate, mask, aggregation)
 
 
@@ -208,7 +218,7 @@ def price_and_credit(rollout: Rollout, config: PPOConfig, beta: float) -> dict[s
     )
     scores = rollout.scores
     if config.whiten_rewards == "scores":
-        scores = scores / (scores.std() + 1e-8)
+        scores = whiten(scores, torch.ones_like(scores, dtype=torch.bool), shift_mean=False)
     charged = beta if config.kl_place == "reward" else 0.0
     rewards = shape_rewards(scores, kl, mask, beta=charged)
     if config.whiten_rewards == "rewards":
@@ -257,7 +267,8 @@ class PPO:
                 "policy and reference share weights, so their KL would be 0 for ever; give PPO "
                 "a copy: copy.deepcopy(reference)"
             )
-        self.policy, self.reference = policy, reference.requires_grad_(False)
+        # a copy of a reference that an earlier run froze is frozen too: thaw it
+        self.policy, self.reference = policy.requires_grad_(True), reference.requires_grad_(False)
         self.reward_model, self.prompts, self.eos = reward_model, prompts, eos
         self.optimiser = FlatAdamW(policy, lr=config.lr)
         self.generator = torch.Generator().manual_seed(seed)
@@ -336,14 +347,16 @@ class PPO:
             order = torch.randperm(len(rollout), generator=self.generator)
             for part in order.to(rollout.mask.device).split(len(rollout) // c.minibatches):
                 loss, metrics = self.loss(rollout.select(part))
-                if not torch.isfinite(loss):
-                    raise TrainingDiverged(
-                        f"PPO loss is {loss.item()} in step {self.steps + 1}: the weights of "
-                        f"before are kept; lower ppo.lr ({c.lr}) or look for a score that is huge"
-                    )
                 self.optimiser.zero_grad()
                 loss.backward()
-                metrics["update/grad_norm"] = self.optimiser.clip_grad(c.max_grad_norm)
+                norm = self.optimiser.clip_grad(c.max_grad_norm)
+                if not torch.isfinite(loss + norm):  # a finite loss may have a NaN gradient
+                    raise TrainingDiverged(
+                        f"PPO loss is {loss.item()}, its gradient norm {norm.item()} in step "
+                        f"{self.steps + 1}: the weights of before are kept; lower ppo.lr ({c.lr}) "
+                        "or look for a score that is huge"
+                    )
+                metrics["update/grad_norm"] = norm
                 self.optimiser.step()
                 rows.append(metrics)
         return {name: float(sum(float(r[name]) for r in rows) / len(rows)) for name in rows[0]}
