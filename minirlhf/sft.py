@@ -35,7 +35,7 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         for name in ("demonstrations", "steps", "batch", "lr", "max_grad_norm"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN fails too
                 raise ValueError(f"sft.{name} is {getattr(self, name)}; it must be positive")
 
 
