@@ -50,9 +50,9 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "lr", "max_grad_norm"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN fails too
                 raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be positive")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"reward.weight_decay is {self.weight_decay}; it must be at least 0")
 
 
@@ -94,8 +94,7 @@ class RewardModel(nn.Module):
 
         Raises ValueError if they all score alike, which leaves no unit to measure in.
         """
-        self.mean.fill_(0.0), self.sd.fill_(1.0)
-        raw = self.score(prompts, responses, mask)
+        raw = self.score(prompts, responses, mask) * self.sd + self.mean
         if not raw.std() > 1e-6:
             raise ValueError("the reward model gives every reference answer one score; train it")
         self.mean.copy_(raw.mean()), self.sd.copy_(raw.std())
@@ -111,8 +110,14 @@ def train_reward(
 ) -> list[dict[str, float]]:
     """Fit `model` to ranked pairs in place; one row of metrics per step.
 
-    Raises FloatingPointError if the loss stops being finite.
+    Raises ValueError if the pairs do not fill one batch, FloatingPointError if the loss stops
+    being finite.
     """
+    if len(pairs.prompts) < config.batch:
+        raise ValueError(
+            f"{len(pairs.prompts)} pairs do not fill one batch of {config.batch}: draw more pairs "
+            "or lower reward.batch"
+        )
     optimiser = FlatAdamW(model.trunk, lr=config.lr, weight_decay=config.weight_decay)
     count = len(pairs.prompts)
     total, history = config.epochs * (count // config.batch), []
