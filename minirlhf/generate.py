@@ -9,16 +9,19 @@ Left out: top-k, top-p, repetition penalties. Each makes the sampled distributio
 than the scored one, and then a sampled KL can be negative on average.
 """
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from minirlhf.model import Block, Transformer
+from minirlhf.model import Transformer
 from minirlhf.text import PAD
 
 SHRINK_BELOW = 0.75  # rows still running, as a share, under which the cache is packed anew
+BLOCK = 32  # the cache is read in multiples of this many columns
+HIDDEN = -1e30  # exp() of it is 0; -inf would give NaN where a padding query sees no token at all
 
 
 class Sample(NamedTuple):
@@ -31,75 +34,119 @@ class Sample(NamedTuple):
 
 
 class Cache:
-    """Keys and values of the tokens read so far, for the rows that still run."""
+    """Keys and values of the tokens read so far, for the rows that still run.
+
+    Its columns are the padded prompt and then the answer. A query meets *all* columns up to the
+    next multiple of BLOCK, and a bias hides those that hold no token: a plain batched product
+    over a few columns too many costs less than one that is exactly as wide as it must be.
+    """
 
     def __init__(self, model: Transformer, prompts: Tensor, steps: int):
-        c, (batch, width) = model.config, prompts.shape
+        c, (rows, width) = model.config, prompts.shape
         head, size = c.d_model // c.n_head, width + steps
-        new = model.tokens.weight.new_empty
-        # keys lie transposed, so that a query meets them in one plain batched product
-        self.keys = [new(batch, c.n_head, head, size) for _ in range(c.n_layer)]
-        self.values = [new(batch, c.n_head, size, head) for _ in range(c.n_layer)]
-        padding = (prompts != PAD).cumsum(1) == 0  # (B, P)
-        self.start = padding.sum(1)
-        bias = torch.zeros(padding.shape, dtype=new(0).dtype, device=padding.device)
-        bias = bias.masked_fill(padding, float("-inf"))[:, None, None]
-        self.bias = F.pad(bias, (0, steps)) if bool(padding.any()) else None
-        self.filled = 0
+        zeros = model.tokens.weight.new_zeros  # what is hidden is multiplied by 0: no NaN there
+        self.heads, self.filled, self.columns = c.n_head, 0, 0
+        self.keys = [zeros(rows, c.n_head, head, size) for _ in range(c.n_layer)]
+        self.values = [zeros(rows, c.n_head, size, head) for _ in range(c.n_layer)]
+        padding = (prompts != PAD).cumsum(1) == 0  # (R, P)
+        self.places = (~padding).cumsum(1).sub_(1).clamp_(min=0)  # [R, s] of the next tokens
+        self.bias = zeros(rows, c.n_head, 1, size).fill_(HIDDEN)
+        self.bias[..., :width] = HIDDEN * padding[:, None, None]
+
+    def open(self, steps: int) -> Tensor:
+        """Make room for `steps` tokens; the bias [R * H, s, columns] of their queries."""
+        self.filled, self.places = self.filled + steps, self.places[:, -1:] + 1
+        if self.filled > self.columns:
+            self.columns = min(self.bias.shape[-1], -(-self.filled // BLOCK) * BLOCK)
+            # bias, keys and values as one batch of R * H, cut to the columns that are read
+            self.seen = [x.flatten(0, 1)[..., : self.columns] for x in (self.bias, *self.keys)]
+            self.told = [x.flatten(0, 1)[:, : self.columns] for x in self.values]
+        if steps == 1:
+            self.bias[..., self.filled - 1] = 0
+            return self.seen[0]
+        causal = self.bias.new_full((steps, self.columns), HIDDEN).triu(1)
+        return self.seen[0] + causal
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-        self.start = self.start[rows]
-        self.bias = None if self.bias is None else self.bias[rows]
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        self.places, self.bias = self.places[rows], self.bias[rows]
+        self.columns = 0  # open() makes the views anew
 
 
-def _attend(block: Block, x: Tensor, cache: Cache, layer: int, causal: Tensor | None) -> Tensor:
-    """Write x's keys and values into the cache, attend over all of it: [R, s, D] -> [R, s, D]."""
-    rows, steps, width = x.shape
-    end = cache.filled + steps
-    qkv = block.qkv(block.attention_norm(x)).view(rows, steps, 3, block.n_head, -1)
-    q, k, v = qkv.unbind(2)  # (R, s, H, hd)
-    cache.keys[layer][..., cache.filled : end] = k.permute(0, 2, 3, 1)
-    cache.values[layer][:, :, cache.filled : end] = v.transpose(1, 2)
-    scores = q.transpose(1, 2) @ cache.keys[layer][..., :end] / q.shape[-1] ** 0.5  # (R, H, s, end)
-    if causal is not None:
-        scores = scores + causal
-    if cache.bias is not None:
-        scores = scores + cache.bias[..., :end]
-    # a padding query sees nothing at all: its row of NaN would be multiplied into the cache
-    weights = scores.softmax(-1) if causal is None else scores.softmax(-1).nan_to_num(0.0)
-    return block.out((weights @ cache.values[layer][:, :, :end]).transpose(1, 2).flatten(2))
+def _weights(block: nn.Module) -> SimpleNamespace:
+    """(weight, bias) of a block's parts: calling a module here takes as long as its work."""
+    return SimpleNamespace(**{name: (m.weight, m.bias) for name, m in block.named_children()})
 
 
-def _read(model: Transformer, tokens: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+def _attend(w: SimpleNamespace, x: Tensor, cache: Cache, layer: int, bias: Tensor) -> Tensor:
+    """Write x's keys and values into the cache, attend over all of it: [R * s, D] -> [R * s, D]."""
+    (steps, width), heads = (bias.shape[1], x.shape[1]), cache.heads
+    now = slice(cache.filled - steps, cache.filled)
+    qkv = F.linear(F.layer_norm(x, (width,), *w.attention_norm), *w.qkv)
+    q, k, v = qkv.view(-1, steps, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (R, H, s, hd)
+    cache.keys[layer][..., now], cache.values[layer][:, :, now] = k.transpose(2, 3), v
+    scale = (width // heads) ** -0.5
+    scores = torch.baddbmm(bias, q.flatten(0, 1), cache.seen[1 + layer], alpha=scale)
+    mixed = torch.bmm(scores.softmax(-1), cache.told[layer])  # (R * H, s, hd)
+    mixed = mixed.view(-1, heads, steps, width // heads).transpose(1, 2).reshape(-1, width)
+    return F.linear(mixed, *w.out)
+
+
+def _read(
+    model: Transformer, blocks: list[SimpleNamespace], tokens: Tensor, cache: Cache
+) -> tuple[Tensor, Tensor]:
     """Feed tokens [R, s] and return logits [R, V] and values [R] after the last of them."""
-    steps = tokens.shape[1]
-    columns = torch.arange(cache.filled, cache.filled + steps, device=tokens.device)
-    positions = (columns - cache.start[:, None]).clamp(min=0)
-    x = model.tokens(tokens) + model.positions(positions)
-    causal = None
-    if steps > 1:
-        causal = torch.full((steps, steps), float("-inf"), device=tokens.device, dtype=x.dtype)
-        causal = causal.triu(1)
-    for layer, block in enumerate(model.blocks):
-        attended = _attend(block, x, cache, layer, causal)  # type: ignore[arg-type]
-        if layer == len(model.blocks) - 1:
-            x, attended = x[:, -1:], attended[:, -1:]
+    width, steps = model.config.d_model, tokens.shape[1]
+    where = F.embedding(cache.places, model.positions.weight)
+    x = (F.embedding(tokens, model.tokens.weight) + where).flatten(0, 1)
+    bias = cache.open(steps)
+    for layer, w in enumerate(blocks):
+        attended = _attend(w, x, cache, layer, bias)
+        if layer == len(blocks) - 1:
+            x, attended = x[steps - 1 :: steps], attended[steps - 1 :: steps]
         x = x + attended
-        x = x + block.mlp(x)
-    cache.filled += steps
-    return model.heads(model.final_norm(x[:, -1]))
+        hidden = F.linear(F.layer_norm(x, (width,), *w.mlp_norm), *w.up).relu_()
+        x = x + F.linear(hidden, *w.down)
+    norm, scalar = model.final_norm, model.scalar
+    x = F.layer_norm(x, (width,), norm.weight, norm.bias)
+    return x.mm(model.tokens.weight.t()), torch.addmv(scalar.bias, x, scalar.weight[0])
 
 
 def _pick(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the CDF: logits [R, V] and uniform [R] in [0, 1) -> tokens [R], logprobs [R]."""
-    logp = logits.log_softmax(-1)
-    cdf = logp.exp().cumsum(-1)
+    p = logits.softmax(-1)
+    cdf = p.cumsum(-1)
     target = uniform[:, None] * cdf[:, -1:]
-    picked = torch.searchsorted(cdf, target, right=True).clamp(max=logits.shape[-1] - 1)
-    return picked.squeeze(1), logp.gather(1, picked).squeeze(1)
+    picked = torch.searchsorted(cdf, target, right=True).clamp_(max=logits.shape[-1] - 1)
+    return picked.squeeze(1), p.gather(1, picked).squeeze(1).log_()
+
+
+@torch.inference_mode()
+def _draw(
+    model: Transformer, prompts: Tensor, uniform: Tensor, eos: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, log-probs, values [T, B]; behind a row's EOS stands whatever it went on to say."""
+    blocks = [_weights(block) for block in model.blocks]
+    cache, read = Cache(model, prompts, len(uniform)), prompts
+    tokens = torch.full(uniform.shape, eos, device=prompts.device)
+    logprobs, values = model.tokens.weight.new_zeros(2, *uniform.shape)
+    rows = torch.arange(len(prompts), device=prompts.device)  # those in the cache
+    running = torch.ones_like(rows, dtype=torch.bool)
+    for t in range(len(tokens)):
+        logits, value = _read(model, blocks, read, cache)
+        picked, logp = _pick(logits if temperature == 1.0 else logits / temperature, uniform[t])
+        for out, found in ((tokens, picked), (logprobs, logp), (values, value)):
+            out[t].index_copy_(0, rows, found)
+        running, read = running & (picked != eos), picked[:, None]
+        left = int(running.count_nonzero())
+        if left == 0:
+            break
+        if left < SHRINK_BELOW * len(rows):
+            cache.select(running)
+            rows, read, uniform = rows[running], read[running], uniform[:, running]
+            running = running[running]
+    return tokens, logprobs, values
 
 
 def sample(
@@ -119,38 +166,14 @@ def sample(
     seed means one set of draws on every device.
     """
     _check(model, prompts, max_new_tokens, temperature)
-    batch, device = len(prompts), prompts.device
-    uniform = torch.rand(batch, max_new_tokens, generator=generator).T.to(device)
-    responses = torch.full((batch, max_new_tokens), pad, device=device)
-    mask = torch.zeros(batch, max_new_tokens, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(batch, max_new_tokens, device=device, dtype=model.tokens.weight.dtype)
-    out = Sample(responses, mask, logprobs, torch.zeros_like(logprobs))
-    _fill(out, model, prompts, uniform, eos, temperature)
-    return out
-
-
-@torch.inference_mode()  # allocated outside of it, so that the update may learn from `out`
-def _fill(
-    out: Sample, model: Transformer, prompts: Tensor, uniform: Tensor, eos: int, temperature: float
-) -> None:
-    """Write answers into `out`, step by step, dropping ended rows from the cache."""
-    cache, tokens = Cache(model, prompts, len(uniform)), prompts
-    rows = torch.arange(len(prompts), device=prompts.device)
-    running = torch.ones_like(rows, dtype=torch.bool)  # one flag per row in the cache
-    for t, draws in enumerate(uniform):
-        logits, value = _read(model, tokens, cache)
-        picked, logp = _pick(logits / temperature, draws[rows])
-        live = rows[running]
-        out.responses[live, t], out.mask[live, t] = picked[running], True
-        out.logprobs[live, t], out.values[live, t] = logp[running], value[running]
-        running = running & (picked != eos)
-        left = int(running.sum())
-        if left == 0:
-            break
-        tokens = picked[:, None]
-        if left < SHRINK_BELOW * len(rows):
-            cache.select(running)
-            rows, tokens, running = rows[running], tokens[running], running[running]
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).T
+    drawn = _draw(model, prompts, uniform.to(prompts.device), eos, temperature)
+    ends = (drawn[0] == eos).long()
+    mask = ends.cumsum(0) == ends  # no EOS before this token
+    tokens, logprobs, values = (
+        torch.where(mask, x, pad if i == 0 else 0.0).T.contiguous() for i, x in enumerate(drawn)
+    )
+    return Sample(tokens, mask.T.contiguous(), logprobs, values)
 
 
 def generate(
@@ -168,15 +191,8 @@ def generate(
     The mask is True up to and including EOS; an answer without EOS was cut at the cap. Errors as
     in sample(), which also returns log-probs and values.
     """
-    out = sample(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        eos=eos,
-        pad=pad,
-        temperature=temperature,
-        generator=generator,
-    )
+    limits = {"max_new_tokens": max_new_tokens, "eos": eos, "pad": pad}
+    out = sample(model, prompts, **limits, temperature=temperature, generator=generator)
     return out.responses, out.mask
 
 
