@@ -1,0 +1,368 @@
+"""Deliberate bugs, each of which one named test must catch: `python tests/mutations.py`.
+
+Every entry is a mistake that a published implementation made or that is easily made: the sign or
+the direction of KL, an index off by one, a mask forgotten, a clip turned round. The script copies
+package and tests to a temporary folder, plants one bug at a time, runs the named test alone and
+prints a table; it exits with 1 if a bug survives. Words given to it select entries by title.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """One planted bug: in minirlhf/`file`, `old` becomes `new`, and `test` must fail."""
+
+    title: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = [
+    Mutation(
+        "k1 with the wrong sign",
+        "kl.py",
+        "    return logprobs - ref_logprobs\n",
+        "    return ref_logprobs - logprobs\n",
+        "test_kl.py::test_means_by_enumeration",
+    ),
+    Mutation(
+        "k3 with the ratio inverted",
+        "kl.py",
+        "torch.expm1(-log_ratio) + log_ratio",
+        "torch.expm1(log_ratio) - log_ratio",
+        "test_kl.py::test_means_by_enumeration",
+    ),
+    Mutation(
+        "exact KL in the other direction",
+        "kl.py",
+        "    p = logp.exp()\n",
+        "    p = ref_logp.exp()\n",
+        "test_kl.py::test_exact_kl_against_float64_sums_and_its_edges",
+    ),
+    Mutation(
+        "KL of an answer as a mean where a sum was asked for",
+        "kl.py",
+        'if aggregation == "token_mean":',
+        'if aggregation == "sequence_sum":',
+        "test_kl.py::test_sequence_sum_grows_with_length_and_token_mean_does_not",
+    ),
+    Mutation(
+        "adaptive beta moves the wrong way",
+        "kl.py",
+        "kl / self.target - 1.0",
+        "1.0 - kl / self.target",
+        "test_kl.py::test_adaptive_beta_in_closed_form",
+    ),
+    Mutation(
+        "the penalty pays for drift",
+        "advantages.py",
+        "torch.where(mask, -beta * kl, 0.0)",
+        "torch.where(mask, beta * kl, 0.0)",
+        "test_ppo_losses.py::test_drift_costs_and_agreement_pays_nothing",
+    ),
+    Mutation(
+        "the score one token early",
+        "advantages.py",
+        "rewards[rows, last[rows]] +=",
+        "rewards[rows, last[rows] - 1] +=",
+        "test_advantages.py::test_score_sits_on_the_last_token_and_kl_on_every_one",
+    ),
+    Mutation(
+        "GAE runs through tokens that the policy did not choose",
+        "advantages.py",
+        "running = torch.where(valid, delta + gamma * lam * running, running)",
+        "running = delta + gamma * lam * running",
+        "test_advantages.py::test_tokens_that_the_policy_did_not_choose_change_nothing",
+    ),
+    Mutation(
+        "GAE forgets gamma in the decay",
+        "advantages.py",
+        "delta + gamma * lam * running",
+        "delta + lam * running",
+        "test_advantages.py::test_gae_by_hand_with_the_score_on_eos",
+    ),
+    Mutation(
+        "whitening with the shift flag inverted",
+        "advantages.py",
+        "(x - mean if shift_mean else x)",
+        "(x if shift_mean else x - mean)",
+        "test_advantages.py::test_whitened_entries_have_mean_zero_and_variance_one",
+    ),
+    Mutation(
+        "a mean over padding too",
+        "advantages.py",
+        ".sum() / mask.sum().clamp(min=1)",
+        ".sum() / mask.numel()",
+        "test_ppo.py::test_padding_changes_no_metric_and_no_gradient",
+    ),
+    Mutation(
+        "GRPO without the group's mean",
+        "advantages.py",
+        "    centred = r - r.mean(1, keepdim=True)\n",
+        "    centred = r\n",
+        "test_advantages.py::test_grpo_is_the_group_score_and_dr_grpo_only_centres",
+    ),
+    Mutation(
+        "RLOO's baseline includes the answer itself",
+        "advantages.py",
+        "((r - r.mean(1, keepdim=True)) * group / (group - 1))",
+        "(r - r.mean(1, keepdim=True))",
+        "test_advantages.py::test_rloo_is_each_answer_against_the_mean_of_the_others",
+    ),
+    Mutation(
+        "the split loses the sign of the KL part",
+        "advantages.py",
+        "kl=part(no_score, kl, zeros)",
+        "kl=part(no_score, -kl, zeros)",
+        "test_advantages.py::test_parts_add_up_in_degenerate_batches",
+    ),
+    Mutation(
+        "log-probs off by one token",
+        "model.py",
+        "found = token_logprobs(logits, responses[mask], temperature=temperature)",
+        "found = token_logprobs(logits, responses.roll(-1, 1)[mask], temperature=temperature)",
+        "test_model.py::test_all_answers_together_have_probability_one",
+    ),
+    Mutation(
+        "the state after a token instead of before it",
+        "model.py",
+        "tokens = torch.cat([prompts, responses[:, :-1]], 1)",
+        "tokens = torch.cat([prompts[:, :-1], responses], 1)",
+        "test_model.py::test_response_outputs_are_the_states_before_each_token",
+    ),
+    Mutation(
+        "temperature multiplied instead of divided",
+        "model.py",
+        "(logits / temperature if",
+        "(logits * temperature if",
+        "test_model.py::test_token_logprobs_of_a_two_token_language",
+    ),
+    Mutation(
+        "a pad id inside an answer ends it",
+        "model.py",
+        "    valid = (tokens != PAD).cumsum(1) > 0  # a pad",
+        "    valid = tokens != PAD  # a pad",
+        "test_model.py::test_a_pad_id_that_was_sampled_is_a_token_like_others",
+    ),
+    Mutation(
+        "the reward model reads at the padding",
+        "model.py",
+        "    last = last_token(mask)\n",
+        "    last = last_token(torch.ones_like(mask))\n",
+        "test_model.py::test_answer_scalars_read_after_the_last_token_whatever_the_padding",
+    ),
+    Mutation(
+        "the mask forgets EOS",
+        "generate.py",
+        "mask = ends.cumsum(0) == ends",
+        "mask = ends.cumsum(0) == 0",
+        "test_generate.py::test_mask_is_true_up_to_and_including_eos",
+    ),
+    Mutation(
+        "sampling at one temperature, logging at another",
+        "generate.py",
+        "_pick(logits if temperature == 1.0 else logits / temperature,",
+        "_pick(logits,",
+        "test_generate.py::test_sampled_logprobs_and_values_are_those_of_the_scoring_pass",
+    ),
+    Mutation(
+        "the inverse CDF may pick what has no probability",
+        "generate.py",
+        "right=True",
+        "right=False",
+        "test_generate.py::test_inverse_cdf_at_its_edges",
+    ),
+    Mutation(
+        "Adam without bias correction",
+        "optim.py",
+        "scale = self.lr / (1 - b1**self.steps)",
+        "scale = self.lr",
+        "test_optim.py::test_twenty_steps_equal_torch",
+    ),
+    Mutation(
+        "the clip reversed for A < 0",
+        "ppo.py",
+        "surrogate = torch.minimum(ratio * advantages, bounded * advantages)",
+        "surrogate = torch.where(advantages < 0, torch.maximum(ratio * advantages, "
+        "bounded * advantages), torch.minimum(ratio * advantages, bounded * advantages))",
+        "test_ppo_losses.py::test_clip_truth_table",
+    ),
+    Mutation(
+        "the ratio upside down",
+        "ppo.py",
+        "    ratio = (logprobs - old_logprobs).exp()\n",
+        "    ratio = (old_logprobs - logprobs).exp()\n",
+        "test_ppo_losses.py::test_clip_truth_table",
+    ),
+    Mutation(
+        "the value clip takes the smaller error",
+        "ppo.py",
+        "error = torch.maximum(error,",
+        "error = torch.minimum(error,",
+        "test_ppo_losses.py::test_value_loss_by_hand",
+    ),
+    Mutation(
+        "answers that ended are punished for not ending",
+        "ppo.py",
+        "torch.where(finished, scores, scores - config.missing_eos_penalty)",
+        "torch.where(finished, scores - config.missing_eos_penalty, scores)",
+        "test_ppo_losses.py::test_missing_eos",
+    ),
+    Mutation(
+        "KL charged in the reward and in the loss",
+        "ppo.py",
+        'charged = beta if config.kl_place == "reward" else 0.0',
+        "charged = beta",
+        "test_ppo_losses.py::test_kl_elsewhere_is_measured_but_not_charged",
+    ),
+    Mutation(
+        "the KL loss without a gradient",
+        "ppo.py",
+        "kl_tokens(logprobs, batch.ref_logprobs, mask, **shared)",
+        "kl_tokens(batch.logprobs, batch.ref_logprobs, mask, **shared)",
+        "test_ppo_losses.py::test_expected_gradient_of_each_placement",
+    ),
+    Mutation(
+        "the reference scored at temperature 1",
+        "ppo.py",
+        "self.reference, *given, temperature=self._config.temperature, eos=self.eos",
+        "self.reference, *given, eos=self.eos",
+        "test_ppo.py::test_at_the_start_kl_is_zero_and_the_ratio_one",
+    ),
+    Mutation(
+        "the reference is the policy",
+        "ppo.py",
+        "policy.requires_grad_(True), reference.requires_grad_(False)",
+        "policy.requires_grad_(True), policy",
+        "test_ppo.py::test_the_reference_never_moves_and_the_policy_does",
+    ),
+    Mutation(
+        "a copy of a frozen reference stays frozen",
+        "ppo.py",
+        "policy.requires_grad_(True), reference",
+        "policy, reference",
+        "test_ppo.py::test_a_second_run_may_start_from_a_copy_of_a_used_reference",
+    ),
+    Mutation(
+        "an EOS in the prompt counts as the end of the answer",
+        "ppo.py",
+        "finished = ((responses == self.eos) & mask).any(-1)",
+        "finished = (torch.cat([prompts, responses], 1) == self.eos).any(-1)",
+        "test_ppo.py::test_a_rollout_knows_where_it_came_from_and_how_it_ended",
+    ),
+    Mutation(
+        "group members answer different prompts",
+        "ppo.py",
+        "drawn.repeat_interleave(each)",
+        "drawn.repeat(each)",
+        "test_ppo.py::test_group_members_answer_one_prompt",
+    ),
+    Mutation(
+        "a NaN gradient reaches the weights",
+        "ppo.py",
+        "torch.isfinite(loss + norm)",
+        "torch.isfinite(loss)",
+        "test_ppo.py::test_a_finite_loss_with_a_nan_gradient_does_too",
+    ),
+    Mutation(
+        "a resumed run draws other answers",
+        "ppo.py",
+        'self.generator.set_state(state["generator"])',
+        "pass",
+        "test_ppo.py::test_a_run_resumed_from_a_file_ends_bit_for_bit_the_same",
+    ),
+    Mutation(
+        "the loser wins",
+        "reward.py",
+        "F.logsigmoid(chosen - rejected - margin)",
+        "F.logsigmoid(rejected - chosen - margin)",
+        "test_reward.py::test_bradley_terry_loss_and_gradient_in_closed_form",
+    ),
+    Mutation(
+        "a file is written where it is read",
+        "store.py",
+        "        write(scratch)\n        scratch.replace(path)\n",
+        "        write(path)\n",
+        "test_store.py::test_a_full_disk_leaves_the_old_file_and_no_scrap",
+    ),
+]
+
+
+def copy_project(to: Path) -> None:
+    """Package, tests and settings, without what was compiled."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for folder in ("minirlhf", "tests"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", to)
+
+
+def run_tests(project: Path, tests: Iterable[str]) -> tuple[int, str]:
+    """Exit code of pytest (0 passed, 1 failed) and what it printed; torch stays imported."""
+    ours = ("minirlhf", "conftest", "fakes", "test_")
+    for name in [n for n in sys.modules if n.startswith(ours)]:
+        del sys.modules[name]
+    # without the collections of garbage that pytest makes to find unclosed files
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+    options += ["--rootdir", str(project)]
+    named = [str(project / "tests" / test) for test in tests]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        code = pytest.main([*options, "-c", str(project / "pyproject.toml"), *named])
+    return int(code), printed.getvalue()
+
+
+def check(project: Path, mutation: Mutation) -> str:
+    """ "caught", "SURVIVED" or why the entry itself is broken."""
+    path = project / "minirlhf" / mutation.file
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutation.old) != 1:
+        return f"BROKEN: its text occurs {source.count(mutation.old)} times"
+    path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        code, printed = run_tests(project, [mutation.test])
+    finally:
+        path.write_text(source, encoding="utf-8")
+    verdicts = {0: "SURVIVED", 1: "caught"}
+    return verdicts.get(code, f"BROKEN: pytest ended with {code}\n{printed}")
+
+
+def main(words: list[str]) -> int:
+    """Plant the chosen bugs and print who was caught; the number that was not, at most 1."""
+    chosen = [m for m in MUTATIONS if all(w.lower() in m.title.lower() for w in words)]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and each start costs
+    sys.dont_write_bytecode = True  # two versions of a file within a second look alike to a cache
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder)
+        copy_project(project)
+        sys.path[0] = str(project)  # instead of this folder: the copy is what gets imported
+        worst, printed = run_tests(project, sorted({m.test for m in chosen}))
+        if worst:
+            print(printed, "\nthe named tests fail without any bug: mend them first")
+            return 1
+        for mutation in chosen:
+            start = time.perf_counter()
+            verdict = check(project, mutation)
+            worst |= verdict != "caught"
+            seconds = time.perf_counter() - start
+            print(f"{verdict:9} {seconds:5.1f} s  {mutation.title}  <- {mutation.test}", flush=True)
+    print(f"{len(chosen)} mutations, {'all caught' if not worst else 'NOT all caught'}")
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,30 @@
+"""Every planted bug of mutations.py is caught by the test it names, and by a failing assertion."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mutations import MUTATIONS, ROOT
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.title)
+def test_the_text_to_change_is_still_there_once(mutation):
+    source = (ROOT / "minirlhf" / mutation.file).read_text(encoding="utf-8")
+    assert source.count(mutation.old) == 1, "rewrite the entry after the code has changed"
+    assert mutation.new != mutation.old
+    file, test = mutation.test.split("::")
+    assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+
+
+def test_titles_are_unique_and_many():
+    assert len({m.title for m in MUTATIONS}) == len(MUTATIONS) >= 14
+
+
+def test_every_bug_is_caught():
+    script = Path(__file__).with_name("mutations.py")
+    found = subprocess.run(
+        [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    assert found.stdout.count("caught  ") == len(MUTATIONS)
