@@ -384,8 +384,9 @@ class PPO:
             total, metrics["value/loss"] = total + c.value_coef * critic, critic.detach()
         if c.kl_place in ("loss", "book_literal"):
             # same aggregation as the surrogate, so that beta has one meaning in every placement
-            shared = {"estimator": c.kl_estimator, "aggregation": c.kl_aggregation}
-            kl = aggregate(kl_tokens(logprobs, batch.ref_logprobs, mask, **shared), mask, how)
+            ref, kind, per = batch.ref_logprobs, c.kl_estimator, c.kl_aggregation
+            tokens = kl_tokens(logprobs, ref, mask, estimator=kind, aggregation=per)
+            kl = aggregate(tokens, mask, how)
             total, metrics["policy/kl_loss"] = total + self.beta * kl, kl.detach()
         return total, metrics | update_metrics(logprobs.detach(), batch, c.clip)
 

@@ -233,8 +233,8 @@ MUTATIONS = [
     Mutation(
         "the KL loss without a gradient",
         "ppo.py",
-        "kl_tokens(logprobs, batch.ref_logprobs, mask, **shared)",
-        "kl_tokens(batch.logprobs, batch.ref_logprobs, mask, **shared)",
+        "kl_tokens(logprobs, ref, mask, estimator=kind",
+        "kl_tokens(batch.logprobs, ref, mask, estimator=kind",
         "test_ppo_losses.py::test_expected_gradient_of_each_placement",
     ),
     Mutation(
