@@ -75,13 +75,19 @@ def whitening_moments(x: Tensor, mask: Tensor, *, ddof: int = 1) -> tuple[Tensor
 
 
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int = 1) -> Tensor:
-    """Scale the masked entries to unit variance; subtract their mean too if `shift_mean`.
+    """Bring the masked entries to mean 0 and variance 1; with shift_mean=False keep their mean.
 
-    Shifting makes about half of the tokens positive *by construction*: "positive" then means
-    "better than this batch", not "better than this prompt's average".
+    The shift makes about half of the tokens positive *by construction*: "positive" then means
+    "better than this batch", not "better than the critic expected". Keeping the mean, as reward
+    whitening does elsewhere, adds a constant to every token, which is a bonus for length.
     """
     mean, sd = whitening_moments(x, mask, ddof=ddof)
-    return torch.where(mask, (x - mean if shift_mean else x) / sd, 0.0)
+    return torch.where(mask, (x - mean) / sd + (0.0 if shift_mean else mean), 0.0)
+
+
+def rescale(x: Tensor, mask: Tensor) -> Tensor:
+    """Divide the masked entries by their standard deviation: unit size, every sign kept."""
+    return torch.where(mask, x / whitening_moments(x, mask)[1], 0.0)
 
 
 def rloo_advantages(returns: Tensor, group: int) -> Tensor:
@@ -132,17 +138,12 @@ class AdvantageParts:
         total = self.reward + self.kl + self.baseline
         return total if self.shift is None else total + self.shift
 
-    def whitened(self, mask: Tensor, *, shift_mean: bool = True) -> "AdvantageParts":
-        """The same split after whitening: every part over sd, and -mean/sd as the shift."""
+    def whitened(self, mask: Tensor, *, shift: bool = True) -> "AdvantageParts":
+        """The same split of whiten(total), or of rescale(total) with shift=False: every part
+        over sd, and -mean / sd as the part that the shift adds."""
         mean, sd = whitening_moments(self.total, mask)
-        shift = -mean / sd if shift_mean else torch.zeros_like(mean)
-        return replace(
-            self,
-            reward=self.reward / sd,
-            kl=self.kl / sd,
-            baseline=self.baseline / sd,
-            shift=torch.where(mask, shift, 0.0),
-        )
+        parts = {name: getattr(self, name) / sd for name in ("reward", "kl", "baseline")}
+        return replace(self, **parts, shift=torch.where(mask, -mean / sd if shift else 0.0, 0.0))
 
 
 def decompose_advantages(

@@ -16,8 +16,7 @@ Sources: Schulman et al. (2017, arXiv 1707.06347, eq. 7 and 9); Ziegler et al. (
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +25,17 @@ from minirlhf.advantages import (
     gae,
     grpo_advantages,
     masked_mean,
+    rescale,
     rloo_advantages,
     shape_rewards,
     whiten,
 )
 from minirlhf.generate import sample
-from minirlhf.kl import AdaptiveKL, Estimator, FixedKL, kl_k3, kl_tokens
+from minirlhf.kl import AdaptiveKL, FixedKL, kl_tokens
+from minirlhf.metrics import summarise, update_metrics
 from minirlhf.model import Transformer, response_logprobs
 from minirlhf.optim import FlatAdamW
+from minirlhf.ppo_config import PPOConfig
 from minirlhf.rollout import Rollout
 from minirlhf.text import EOS
 
@@ -42,99 +44,6 @@ Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 class TrainingDiverged(RuntimeError):
     """A loss stopped being finite; the weights are those of before the failed minibatch."""
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """Everything that decides a PPO run besides its models and prompts."""
-
-    batch: int = 128
-    """answers in one rollout"""
-    max_new_tokens: int = 48
-    """cap on an answer's length, tokens"""
-    temperature: float = 1.0
-    """sampling temperature; policy and reference are scored at it too"""
-    epochs: int = 2
-    """passes over a rollout"""
-    minibatches: int = 2
-    """optimiser steps in a pass"""
-    lr: float = 3e-4
-    """AdamW learning rate"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-    beta: float = 0.05
-    """price of KL, reward sd per nat (the starting value if adaptive)"""
-    kl_place: Literal["reward", "loss", "book_literal", "none"] = "reward"
-    """where the penalty acts; book_literal differentiates the sampled log-ratio itself"""
-    kl_estimator: Estimator = "k1"
-    """k1, k2 or k3 (kl.py)"""
-    kl_aggregation: Literal["sequence_sum", "token_mean"] = "sequence_sum"
-    """an answer pays the sum of its tokens' KL, or their mean"""
-    kl_target: float | None = None
-    """nats per answer that an adaptive beta aims at; none = fixed beta"""
-    kl_horizon: float = 10_000.0
-    """answers over which an adaptive beta reacts"""
-    clip: float = 0.2
-    """epsilon of the clipped ratio"""
-    clip_style: Literal["schulman", "book", "none"] = "schulman"
-    """schulman: pessimistic two-sided; book: min(ratio, 1 + clip); none: no clipping"""
-    value_clip: float | None = None
-    """how far a value may move from its old one, reward sd; none = freely"""
-    value_coef: float = 0.1
-    """weight of the value loss"""
-    advantage: Literal["gae", "rloo", "grpo"] = "gae"
-    """critic and GAE, or a baseline from the other answers to the same prompt"""
-    group: int = 4
-    """answers to one prompt (rloo, grpo)"""
-    gamma: float = 1.0
-    """discount per token"""
-    lam: float = 0.95
-    """GAE lambda"""
-    whiten_advantages: Literal["none", "scale", "shift_scale"] = "shift_scale"
-    """over the whole rollout"""
-    whiten_rewards: Literal["none", "scores", "rewards"] = "none"
-    """divide scores by their sd before KL is added (this rescales beta!), or rewards after"""
-    missing_eos: Literal["subtract", "replace", "none"] = "subtract"
-    """what happens to the score of an answer that was cut at the cap"""
-    missing_eos_penalty: float = 1.0
-    """how much is subtracted, or the negative of what replaces the score, reward sd"""
-    loss_aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
-    """mean over tokens; mean of each answer's mean (1/|y|); or mean of each answer's sum"""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):  # a misspelt option would silently mean another one
-            if get_origin(f.type) is Literal:
-                value, options = getattr(self, f.name), get_args(f.type)
-                _demand(value in options, f.name, value, f"must be one of {', '.join(options)}")
-        for name in ("batch", "max_new_tokens", "temperature", "epochs", "minibatches", "lr"):
-            _demand(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        for name in ("beta", "value_coef", "missing_eos_penalty"):
-            _demand(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
-        for name in ("gamma", "lam"):
-            _demand(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
-        for name in ("kl_target", "value_clip", "kl_horizon", "max_grad_norm"):
-            value = getattr(self, name)
-            _demand(value is None or value > 0, name, value, "must be positive (or none)")
-        _demand(0 < self.clip < 1, "clip", self.clip, "must lie between 0 and 1, for example 0.2")
-        _demand(
-            self.batch % self.minibatches == 0,
-            "minibatches",
-            self.minibatches,
-            f"must divide ppo.batch ({self.batch})",
-        )
-        if self.advantage != "gae":
-            ok = self.group >= 2 and self.batch % self.group == 0
-            _demand(ok, "group", self.group, f"must be >= 2 and divide ppo.batch ({self.batch})")
-        if self.kl_place == "book_literal":
-            hint = "must be k1 with kl_place book_literal, which is the log-ratio itself"
-            _demand(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, hint)
-        if self.kl_target is not None:
-            _demand(self.beta > 0, "beta", self.beta, "must be positive where kl_target moves it")
-
-
-def _demand(ok: bool, name: str, value: object, hint: str) -> None:
-    if not ok:
-        raise ValueError(f"ppo.{name} is {value}; it {hint}")
 
 
 def aggregate(x: Tensor, mask: Tensor, how: str = "token_mean") -> Tensor:
@@ -222,7 +131,7 @@ def price_and_credit(rollout: Rollout, config: PPOConfig, beta: float) -> dict[s
     charged = beta if config.kl_place == "reward" else 0.0
     rewards = shape_rewards(scores, kl, mask, beta=charged)
     if config.whiten_rewards == "rewards":
-        rewards = whiten(rewards, mask, shift_mean=False)
+        rewards = rescale(rewards, mask)
     if config.advantage == "gae":
         advantages = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
     else:
@@ -230,8 +139,8 @@ def price_and_credit(rollout: Rollout, config: PPOConfig, beta: float) -> dict[s
         advantages = torch.where(mask, against(rewards.sum(-1), config.group)[:, None], 0.0)
     returns = advantages + rollout.values if config.advantage == "gae" else rewards
     if config.whiten_advantages != "none":
-        shift = config.whiten_advantages == "shift_scale"
-        advantages = whiten(advantages, mask, shift_mean=shift)
+        whitened = whiten if config.whiten_advantages == "shift_scale" else rescale
+        advantages = whitened(advantages, mask)
     return {"kl": kl, "rewards": rewards, "advantages": advantages, "returns": returns}
 
 
@@ -411,31 +320,3 @@ def _controller(config: PPOConfig) -> FixedKL | AdaptiveKL:
     if config.kl_target is None:
         return FixedKL(config.beta)
     return AdaptiveKL(config.beta, config.kl_target, config.kl_horizon)
-
-
-def summarise(rollout: Rollout, beta: float) -> dict[str, float]:
-    """Metrics of a batch before it is learnt from; none depends on the padding width."""
-    mask = rollout.mask
-    log_ratio = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
-    found = {"objective/score_sd": rollout.scores.mean(), "objective/beta": beta}
-    found |= {"objective/kl_nats": log_ratio.sum(-1).mean()}
-    found |= {"response/length_tokens": mask.sum(-1).double().mean()}
-    if rollout.finished is not None:
-        found["response/finished_share"] = rollout.finished.double().mean()
-    if rollout.advantages is not None:
-        positive = (rollout.advantages > 0).double()
-        found["advantage/positive_share"] = masked_mean(positive, mask)
-    if rollout.returns is not None and rollout.rewards is not rollout.returns:
-        left = (rollout.returns - rollout.values)[mask].var()
-        found["value/explained_variance"] = 1 - left / rollout.returns[mask].var().clamp(min=1e-8)
-    return {name: float(value) for name, value in found.items()}
-
-
-def update_metrics(logprobs: Tensor, batch: Rollout, clip: float) -> dict[str, Tensor]:
-    """How far one minibatch has moved from the policy that sampled it."""
-    mask, ratio = batch.mask, (logprobs - batch.logprobs).exp()
-    return {
-        "policy/clip_share": masked_mean(((ratio - 1).abs() > clip).float(), mask),
-        "policy/old_kl_nats_per_token": masked_mean(kl_k3(batch.logprobs, logprobs), mask),
-        "policy/ratio_max": torch.where(mask, ratio, 0.0).max(),
-    }
