@@ -70,8 +70,8 @@ class Desk:
         self.max_response = spec.max_response
         self.vocabulary = Vocabulary(sorted(spec.words()))
         asked = max(len(q.split()) for i in spec.intents.values() for q in i.questions)
-        # "record", each fact with its "," or ".", "customer", the question, "<sep>"
-        self.prompt_width = 3 * spec.facts[1] + asked + 3
+        # each fact with its "," or ".", the question, "<sep>"
+        self.prompt_width = 3 * spec.facts[1] + asked + 1
         self._by_stratum = {s: [i for i in spec.intents.values() if i.stratum == s] for s in STRATA}
         # What grading looks up, made once: a batch is graded at every audit of every run.
         self._values = {name: frozenset(spec.slots[i.slot]) for name, i in spec.intents.items()}
@@ -120,7 +120,7 @@ class Desk:
         values = {slot: _pick(spec.slots[slot], rng) for slot in shown}
         facts = " , ".join(f"{spec.labels[slot]} {value}" for slot, value in values.items())
         wording = int(rng.random() * len(intent.questions))
-        text = f"record {facts} . customer {intent.questions[wording]} <sep>"
+        text = f"{facts} . {intent.questions[wording]} <sep>"
         value = values[intent.slot]
         return Prompt(text, intent.name, intent.stratum, intent.slot, value, wording)
 
@@ -157,14 +157,21 @@ class Desk:
             if part not in PARTS:  # a phrase, never twice in one answer
                 said.append(_pick([p for p in self.spec.phrases[part] if p not in said], rng))
                 continue
-            texts, value = [texts for _, texts in self._says(prompt)], prompt.value
-            if part == "partial":  # at least one step, in order, but not all
-                kept = rng.permutation(len(texts))[: 1 + int(rng.random() * (len(texts) - 1))]
-                texts = [texts[i] for i in sorted(kept)]
-            if part == "wrong":
-                value = _pick([v for v in self.spec.slots[prompt.slot] if v != value], rng)
-            said.append(self._fill(prompt, texts, value, rng))
+            said.append(self._part(part, prompt, rng))
         return " ".join(said)
+
+    def _part(self, part: str, prompt: Prompt, rng: np.random.Generator) -> str:
+        """The answer, or what is said in its place: a wrong value, some steps, another answer."""
+        if part == "other":
+            intents = [i for i in self.spec.intents.values() if i.name != prompt.intent]
+            return self.concise(self._prompt(_pick(intents, rng), rng), rng)
+        texts, value = [texts for _, texts in self._says(prompt)], prompt.value
+        if part == "partial":  # at least one step, in order, but not all
+            kept = rng.permutation(len(texts))[: 1 + int(rng.random() * (len(texts) - 1))]
+            texts = [texts[i] for i in sorted(kept)]
+        if part == "wrong":
+            value = _pick([v for v in self.spec.slots[prompt.slot] if v != value], rng)
+        return self._fill(prompt, texts, value, rng)
 
     def _says(self, prompt: Prompt) -> tuple[tuple[str, tuple[str, ...]], ...]:
         return self.spec.intents[prompt.intent].says

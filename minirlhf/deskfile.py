@@ -19,7 +19,7 @@ else:  # the same parser under its old name
 
 STRATA = ("brief", "detailed")
 WRITERS = ("reference", "candidate")
-PARTS = ("answer", "wrong", "partial")  # what a style may hold besides phrases
+PARTS = ("answer", "wrong", "partial", "other")  # what a style may hold besides phrases
 GOLD = ("correct", "wrong", "missing", "direct", "pad", "hedge", "unfinished")
 
 
@@ -80,7 +80,7 @@ class DeskSpec:
 
     def words(self) -> set[str]:
         """Every word that a prompt or an answer may hold."""
-        texts = [*self.courtesy(), *self.plain(), "record customer , ."]
+        texts = [*self.courtesy(), *self.plain(), ", ."]
         words = {word for text in texts for word in text.split() if "{" not in word}
         return words.union(*self.slots.values(), self.labels.values(), self.markers)
 
@@ -331,7 +331,10 @@ def _writer(
 def _longest(sheet: _Sheet, spec: DeskSpec, section: str, style: str, stratum: str) -> int:
     """Tokens of the longest answer in a style, EOS not counted; its parts are checked first."""
     parts, longest = spec.styles[style], 0
-    full = [sum(i.longest.values()) for i in spec.intents.values() if i.stratum == stratum]
+    full = {s: 0 for s in STRATA}
+    for intent in spec.intents.values():
+        room = sum(intent.longest.values())
+        full[intent.stratum] = max(full[intent.stratum], room)
     for part in dict.fromkeys(parts):
         times, phrases = parts.count(part), spec.phrases.get(part, ())
         if part not in PARTS and not phrases:
@@ -345,5 +348,5 @@ def _longest(sheet: _Sheet, spec: DeskSpec, section: str, style: str, stratum: s
             what = f"style {style} needs {times} different {part} phrases; write more of them"
             raise sheet.error("styles", style, what)
         lengths = sorted((len(p.split()) for p in phrases), reverse=True)
-        longest += sum(lengths[:times]) if phrases else times * max(full)
+        longest += sum(lengths[:times]) if phrases else times * (max(full.values()) if part == "other" else full[stratum])
     return longest

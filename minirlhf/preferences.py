@@ -50,7 +50,8 @@ class PreferenceConfig:
     def __post_init__(self):
         if self.pairs < 2:
             raise ValueError(f"preferences.pairs is {self.pairs}; label at least 2 pairs")
-        for name, below in (("holdout", 1.0), ("skim", None), ("sampled", None)):
+        for name in ("holdout", "skim", "sampled"):
+            below = 1.0 if name == "holdout" else None
             value = getattr(self, name)
             if not 0 <= value <= 1 or value == below:
                 limit = "[0, 1)" if below else "[0, 1]"

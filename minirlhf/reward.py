@@ -42,7 +42,7 @@ class RewardConfig:
     batch: int = 64
     """pairs in a step"""
     lr: float = 1e-3
-    """learning rate at the start; it falls linearly to 0"""
+    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
     weight_decay: float = 0.01
     """AdamW decay"""
     max_grad_norm: float = 1.0
@@ -118,13 +118,16 @@ def train_reward(
             f"{len(pairs.prompts)} pairs do not fill one batch of {config.batch}: draw more pairs "
             "or lower reward.batch"
         )
-    optimiser = FlatAdamW(model.trunk, lr=config.lr, weight_decay=config.weight_decay)
+    decay, betas = config.weight_decay, (0.9, 0.98)
+    optimiser = FlatAdamW(model.trunk, lr=config.lr, betas=betas, weight_decay=decay)
     count = len(pairs.prompts)
     total, history = config.epochs * (count // config.batch), []
+    warm_up = max(1, total // 10)  # the first steps of Adam are all of size lr: keep the trunk
     for _ in range(config.epochs):
         order = torch.randperm(count, generator=generator).to(pairs.prompts.device)
         for rows in order[: count - count % config.batch].split(config.batch):
-            optimiser.lr = config.lr * (1 - len(history) / total)
+            left = (total - len(history)) / (total - warm_up + 1)
+            optimiser.lr = config.lr * min((len(history) + 1) / warm_up, left)
             chosen, rejected = score_pairs(model, pairs, rows)
             loss = bradley_terry_loss(chosen, rejected)
             if not torch.isfinite(loss):
