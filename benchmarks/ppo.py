@@ -43,6 +43,7 @@ def end_at(model: Transformer, eos_rate: float) -> Transformer:
     read, so the logits of the other words do not know of it.
     """
     words = model.config.vocab_size - 2
+    model.tokens.weight.mul_(0.02 / model.tokens.weight.std())  # near-uniform over the others
     model.final_norm.weight[0], model.final_norm.bias[0] = 0.0, 1.0
     model.tokens.weight[:, 0] = 0.0
     model.tokens.weight[PAD, 0] = -20.0

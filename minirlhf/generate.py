@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minirlhf.model import Transformer
+from minirlhf.model import HIDDEN, Transformer
 from minirlhf.text import PAD
 
 SHRINK_BELOW = 0.75  # rows still running, as a share, under which the cache is packed anew
 BLOCK = 32  # the cache is read in multiples of this many columns
-HIDDEN = -1e30  # exp() of it is 0; -inf would give NaN where a padding query sees no token at all
 
 
 class Sample(NamedTuple):

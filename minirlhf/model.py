@@ -5,8 +5,8 @@ same class, read through its scalar head at the last token of an answer. Pre-nor
 positions, ReLU, tied embeddings, no dropout: a log-prob recomputed is the same log-prob.
 
 Real tokens are *packed*: padding goes through no matrix, answers that end early cost what they
-are long, and the last block's MLP and the heads run only where an output is asked for. Nothing
-that changes a result is skipped. Left out: rotary positions, grouped queries, fused kernels.
+are long, and the last block's queries and MLP and the heads run only where an output is asked
+for. Nothing that changes a result is skipped. Left out: rotary positions, grouped queries.
 
 Sources: Vaswani et al. (2017, arXiv 1706.03762); Radford et al. (2019, GPT-2); packing as in
 Krell et al. (2021, arXiv 2107.02027).
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from minirlhf.advantages import last_token
 from minirlhf.text import PAD
+
+CHUNK = 16  # rows that go through the blocks together
+HIDDEN = -1e30  # added to a score that must not count: exp() of it is 0, without NaN
 
 
 @dataclass(frozen=True)
@@ -48,36 +51,48 @@ class TransformerConfig:
 
 
 class Packing:
-    """Where the real tokens of a batch are: rows moved to the left, padding left out.
+    """Where the real tokens of a batch are, so that padding goes through no matrix.
 
     valid [B, S] marks real tokens (contiguous in each row), keep [B, S] those whose final state
-    is wanted. Flat tensors list tokens row by row: M of them valid, K of them kept.
+    is wanted. Flat tensors list tokens row by row: M of them valid, K of them kept. Attention
+    needs a table [B, W]. Its rows *end* in the last column, so the kept tokens stand in the last
+    `asked` columns, and in the last block no other token asks anything.
     """
 
-    def __init__(self, valid: Tensor, keep: Tensor):
-        self.batch, lengths = valid.shape[0], valid.sum(1)
-        self.width = int(lengths.max())
-        self.positions = (valid.cumsum(1) - 1)[valid]  # (M,)
-        self.dense = bool((lengths == self.width).all())
-        rows = torch.arange(self.batch, device=valid.device)
-        self.slots = rows.repeat_interleave(lengths) * self.width + self.positions  # (M,)
-        self.kept = None if bool((keep == valid).all()) else torch.nonzero(keep[valid]).squeeze(1)
+    def __init__(self, valid: Tensor, keep: Tensor, heads: int, dtype: torch.dtype):
+        lengths, rank = valid.sum(1, keepdim=True), valid.cumsum(1) - 1
+        self.rows, self.width = len(valid), int(lengths.max())
+        before = self.width - lengths  # [B, 1] empty columns in front of a row's first token
+        place = rank + before
+        self.positions = rank.masked_select(valid)  # (M,)
+        self.kept = keep.masked_select(valid).nonzero().squeeze(1)  # [K] of the M
+        self.asked = self.width - int(place.where(keep, self.width - 1).min())
+        row = torch.arange(self.rows, device=valid.device)[:, None]
+        self.slots = (place + row * self.width).masked_select(valid)
+        self.kept_slots = (place + row * self.asked - self.width + self.asked).masked_select(keep)
+        if len(self.slots) == self.rows * self.width:
+            before, heads = before[:1], 1  # all rows alike
+        column = torch.arange(self.width, device=valid.device)
+        hidden = (column > column[:, None]) | (column < before[..., None])
+        # finite, so that a query in an empty slot, which sees nothing, gives no NaN
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=valid.device)
+        self.bias = bias.masked_fill_(hidden, HIDDEN).repeat_interleave(heads, 0)  # (B * H, W, W)
 
     def spread(self, x: Tensor) -> Tensor:
-        """[M, D] flat -> [B, W, D], every row starting at 0, zeros behind its last token."""
-        if not self.dense:
-            empty = x.new_zeros(self.batch * self.width, x.shape[-1])
-            x = empty.index_copy(0, self.slots, x)
-        return x.view(self.batch, self.width, -1)
+        """[M, D] flat -> the table [B, W, D], zeros where it is empty."""
+        size = self.rows * self.width
+        if len(x) < size:
+            x = x.new_zeros(size, x.shape[-1]).index_copy_(0, self.slots, x)
+        return x.view(self.rows, self.width, -1)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[B, W, D] -> [M, D] flat; the inverse of spread."""
-        x = x.reshape(self.batch * self.width, -1)
-        return x if self.dense else x.index_select(0, self.slots)
+    def gather(self, x: Tensor, last: bool) -> Tensor:
+        """[B, W, D] -> [M, D] flat, or in the last block [B, asked, D] -> [K, D]."""
+        x, slots = x.flatten(0, 1), self.kept_slots if last else self.slots
+        return x if len(x) == len(slots) else x.index_select(0, slots)
 
     def keep(self, x: Tensor) -> Tensor:
         """[M, D] -> [K, D]: the tokens whose final state is wanted."""
-        return x if self.kept is None else x.index_select(0, self.kept)
+        return x if len(x) == len(self.kept) else x.index_select(0, self.kept)
 
 
 class Block(nn.Module):
@@ -91,20 +106,25 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """The residual update of the MLP, [..., D] -> [..., D]."""
-        return self.down(F.relu(self.up(self.mlp_norm(x))))
+    def attend(self, qkv: Tensor, packing: Packing, last: bool) -> Tensor:
+        """Causal attention within rows: [M, 3D] -> [M, D], or [K, D] in the last block.
+
+        Written out: at this size two batched products beat the fused kernel.
+        """
+        table = packing.spread(qkv).unflatten(-1, (3, self.n_head, -1))  # (B, W, 3, H, hd)
+        q, k, v = table.permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)  # (B * H, W, hd)
+        bias, asked = packing.bias, packing.asked
+        if last:
+            q, bias = q[:, -asked:], bias[:, -asked:]
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        mixed = torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, self.n_head))
+        return packing.gather(mixed.transpose(1, 2).flatten(2), last)
 
     def forward(self, x: Tensor, packing: Packing, last: bool) -> Tensor:
         """[M, D] -> [M, D], or [K, D] in the last block, where only kept tokens go on."""
-        qkv = packing.spread(self.qkv(self.attention_norm(x)))  # (B, W, 3D)
-        q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, W, hd)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        mixed = packing.gather(mixed.transpose(1, 2).flatten(2))  # (M, D)
-        if last:
-            x, mixed = packing.keep(x), packing.keep(mixed)
-        x = x + self.out(mixed)
-        return x + self.mlp(x)
+        mixed = self.attend(self.qkv(self.attention_norm(x)), packing, last)
+        x = (packing.keep(x) if last else x) + self.out(mixed)
+        return x + self.down(F.relu(self.up(self.mlp_norm(x))))
 
 
 class Transformer(nn.Module):
@@ -128,7 +148,8 @@ class Transformer(nn.Module):
         # from another at step 0, which is when copying a fact from the prompt is learnt.
         for name, p in self.named_parameters():
             if p.dim() > 1:
-                std = {"tokens.weight": 0.2, "positions.weight": 0.02}.get(name, p.shape[1] ** -0.5)
+                embedded = {"tokens.weight": 0.2, "positions.weight": 0.02}
+                std = embedded[name] if name in embedded else p.shape[1] ** -0.5
                 if name.endswith(("out.weight", "down.weight")):
                     std /= (2 * self.config.n_layer) ** 0.5  # the residual stream adds them up
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
@@ -137,14 +158,24 @@ class Transformer(nn.Module):
         self.scalar.weight.zero_()  # the critic starts at 0 everywhere
 
     def states(self, tokens: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
-        """Final hidden states [K, D] of the kept tokens of tokens [B, S], row by row."""
-        packing = Packing(valid, keep)
+        """Final hidden states [K, D] of the kept tokens of tokens [B, S], row by row.
+
+        On a CPU many rows go through in chunks of similar length: short rows then share a narrow
+        table, and what a chunk needs stays in the processor's cache.
+        """
+        if tokens.is_cpu and len(tokens) > CHUNK:
+            order = valid.sum(1).argsort(stable=True)
+            parts = zip(*(x[order].split(CHUNK) for x in (tokens, valid, keep)), strict=True)
+            x = torch.cat([self.states(*part) for part in parts])
+            number = (keep.flatten().cumsum(0) - 1).view_as(keep)[order].masked_select(keep[order])
+            return torch.empty_like(x).index_copy_(0, number, x)  # rows as they were given
+        packing = Packing(valid, keep, self.config.n_head, self.tokens.weight.dtype)
         if packing.width > self.config.context:
             raise ValueError(
                 f"a prompt and its response have {packing.width} tokens together, but the model's "
                 f"context is {self.config.context}: shorten them or train with a longer context"
             )
-        x = self.tokens(tokens[valid]) + self.positions(packing.positions)  # (M, D)
+        x = self.tokens(tokens.masked_select(valid)) + self.positions(packing.positions)  # (M, D)
         for i, block in enumerate(self.blocks):
             x = block(x, packing, last=i == len(self.blocks) - 1)
         return self.final_norm(x)
@@ -234,9 +265,7 @@ def response_logprobs(
     return (*out, _unpack(stop, mask))
 
 
-def answer_scalars(
-    model: Transformer, prompts: Tensor, responses: Tensor, mask: Tensor
-) -> Tensor:
+def answer_scalars(model: Transformer, prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
     """The scalar head after the *last* token of each answer, [B]: how a reward model reads."""
     tokens = torch.cat([prompts, responses], 1)
     last = last_token(mask)
