@@ -1,0 +1,146 @@
+"""report.html: a run on one page that needs no other file and no network, on screen or on paper.
+
+Offline evaluation beside the targeted audit, the batch's facts, answers before and after, seconds
+and settings. Every text of the run is escaped. Left out: scripts, fonts and links.
+"""
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from minirlhf.lab.live import image_tag, png
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;
+background:#fff;color:#222}
+table{border-collapse:collapse;margin:1em 0}th,td{padding:3px 12px;border-bottom:1px solid #ccc;
+text-align:left;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums}
+figure{margin:1.5em 0}figcaption{color:#444;font-size:.9em}pre{white-space:pre-wrap;
+background:#f5f5f5;padding:1em}.pair{break-inside:avoid;border-top:1px solid #ccc}
+@media print{body{margin:0;max-width:none;font-size:11pt}h2{break-after:avoid}
+figure,table{break-inside:avoid}}
+"""
+MEASURES = {  # key -> (name, unit, better, format)
+    "gold": ("gold quality", "points", "higher", "+.2f"),
+    "length_tokens": ("length", "tokens", "as the question needs", ".1f"),
+    "correct_rate": ("correct", "share", "higher", ".0%"),
+    "direct_rate": ("direct", "share", "higher", ".0%"),
+    "evasion_rate": ("evasive", "share", "lower", ".0%"),
+    "truncated_rate": ("cut off", "share", "lower", ".0%"),
+}
+BATCH = {  # key -> (name, unit, format)
+    "rm_gap_sd": ("RM score of one courtesy phrase on a concise answer", "reward sd", "+.2f"),
+    "kl_verbose_nats": ("KL of verbose answers", "nats per answer", "+.2f"),
+    "kl_concise_nats": ("KL of concise answers", "nats per answer", "+.2f"),
+    "advantage_verbose": ("advantage of verbose answers", "mean over tokens", "+.2f"),
+    "advantage_concise": ("advantage of concise answers", "mean over tokens", "+.2f"),
+    "positive_token_share_verbose": ("tokens of verbose answers with A > 0", "share", ".0%"),
+    "kl_share_top_decile": ("KL carried by a tenth of all tokens", "share", ".0%"),
+    "n_verbose": ("verbose answers to brief prompts", "count", ".0f"),
+    "n_concise": ("concise answers to brief prompts", "count", ".0f"),
+}
+
+
+def report_html(
+    summary: Mapping[str, Any], answers: pd.DataFrame, figures: Sequence[Figure] = ()
+) -> str:
+    """The page of one run: its summary, its table of answers, labelled figures."""
+    a, b = summary["reference"], summary["final"]
+    title = f"minirlhf drift, seed {summary['seed']}"
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{b['step'] - a['step']} PPO steps. Before: the reference. After: the policy.</p>",
+        *map(_figure, figures),
+        "<h2>Offline evaluation: what the team saw</h2>",
+        _table(("measure", "unit", "before", "after", "better"), _offline(a, b)),
+        "<h2>Targeted audit: what the auditor saw</h2>",
+        "<p>Prompts are sorted by how long the reference's own answers are.</p>",
+        _table(("prompts", "measure", "unit", "before", "after", "better"), _audit(a, b)),
+        f"<h2>Inside one PPO batch (step {summary['batch']['step']})</h2>",
+        _table(("fact", "unit", "value"), _batch(summary["batch"])),
+        "<h2>Before training: the labels and the reward model</h2>",
+        _table(("measure", "value"), _flat(summary["raw_pairs"] | summary["reward_model"])),
+        "<h2>Five answers, before and after</h2>",
+        *_pairs(answers),
+        "<h2>Seconds</h2>",
+        _table(("stage", "seconds"), ((k, _n(v, ".1f")) for k, v in summary["seconds"].items())),
+        "<h2>Settings</h2>",
+        _table(("setting", "value"), _flat(summary["config"])),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def examples(answers: pd.DataFrame, count: int = 5) -> list[tuple[pd.Series, pd.Series]]:
+    """The (first, last) answers of the first `count` brief probes: no choice that could flatter."""
+    first, last = (answers[answers.step == step].set_index("probe") for step in _ends(answers.step))
+    probes = first.index[first.stratum == "brief"][:count]
+    return [(first.loc[p], last.loc[p]) for p in probes]
+
+
+def _ends(steps: pd.Series) -> tuple[int, int]:
+    return steps.min(), steps.max()
+
+
+def _n(value: Any, form: str) -> str:
+    """A number in its format; `none` for one that was not measured (no answers of that kind)."""
+    return format(value, form) if value is not None and value == value else "none"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["<tr>" + "".join(f'<th scope="col">{h}</th>' for h in head) + "</tr>"]
+    for row in rows:
+        cells = (f"<td{_numeric(cell)}>{html.escape(cell)}</td>" for cell in row)
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _numeric(cell: str) -> str:
+    return ' class="n"' if cell.lstrip("+-").replace(".", "", 1).rstrip("%").isdigit() else ""
+
+
+def _figure(figure: Figure) -> str:
+    alt = str(figure.get_label())
+    picture = image_tag(png(figure, dpi=130), alt, 1000)
+    return f"<figure>{picture}<figcaption>{html.escape(alt)}</figcaption></figure>"
+
+
+def _offline(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    score, kl = "rm_score_sd", "kl_nats"
+    yield "RM score", "reward sd", _n(a[score], "+.2f"), _n(b[score], "+.2f"), "higher"
+    yield "KL to the reference", "nats", _n(a[kl], ".2f"), _n(b[kl], ".2f"), "lower is closer"
+
+
+def _audit(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    for stratum in ("brief", "detailed"):
+        for key, (name, unit, better, form) in MEASURES.items():
+            before, after = (_n(entry[stratum][key], form) for entry in (a, b))
+            yield stratum, name, unit, before, after, better
+
+
+def _batch(batch: Mapping[str, float]) -> Iterable[tuple[str, ...]]:
+    return ((name, unit, _n(batch[key], form)) for key, (name, unit, form) in BATCH.items())
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
+    """Nested settings or measures as rows with dotted names."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _pairs(answers: pd.DataFrame) -> Iterable[str]:
+    for before, after in examples(answers):
+        yield f'<div class="pair"><p><b>{html.escape(before.prompt)}</b></p>'
+        for name, row in (("before", before), ("after", after)):
+            numbers = f"{row.length_tokens} tokens, RM {row.rm_score_sd:+.2f}, gold {row.gold:+.2f}"
+            yield f"<p>{name} ({numbers}): {html.escape(row.answer)}</p>"
+        yield "</div>"
