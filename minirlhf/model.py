@@ -225,11 +225,16 @@ def _response_inputs(prompts: Tensor, responses: Tensor, mask: Tensor) -> tuple[
     return tokens, valid, keep
 
 
+def response_states(model: Transformer, prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
+    """Final hidden states [N, D] before each of the N masked response tokens, row by row."""
+    return model.states(*_response_inputs(prompts, responses, mask))
+
+
 def response_heads(
     model: Transformer, prompts: Tensor, responses: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Flat logits [N, V] and values [N] of the N masked response tokens, row by row."""
-    return model.heads(model.states(*_response_inputs(prompts, responses, mask)))
+    return model.heads(response_states(model, prompts, responses, mask))
 
 
 def response_outputs(

@@ -23,11 +23,11 @@ class PPOConfig:
     """passes over a rollout"""
     minibatches: int = 2
     """optimiser steps in a pass"""
-    lr: float = 3e-4
+    lr: float = 1.5e-4
     """AdamW learning rate"""
     max_grad_norm: float = 1.0
     """gradient norm above which a step is scaled down"""
-    beta: float = 0.05
+    beta: float = 0.08
     """price of KL, reward sd per nat (the starting value if adaptive)"""
     kl_place: Literal["reward", "loss", "book_literal", "none"] = "reward"
     """where the penalty acts; book_literal differentiates the sampled log-ratio itself"""
@@ -45,7 +45,7 @@ class PPOConfig:
     """schulman: pessimistic two-sided; book: min(ratio, 1 + clip); none: no clipping"""
     value_clip: float | None = None
     """how far a value may move from its old one, reward sd; none = freely"""
-    value_coef: float = 0.1
+    value_coef: float = 0.03
     """weight of the value loss"""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """critic and GAE, or a baseline from the other answers to the same prompt"""

@@ -32,17 +32,17 @@ Sampler = Callable[[Sequence[Prompt]], Sequence[str]]  # one answer a prompt
 class PreferenceConfig:
     """How many pairs are labelled, and by whom. Utilities are in gold points."""
 
-    pairs: int = 6000
+    pairs: int = 10_000
     """labelled pairs in all, held-out ones included"""
     holdout: float = 0.1
     """share of the pairs kept from training, in [0, 1)"""
-    length_bias: float = 0.08
+    length_bias: float = 0.048
     """utility of one more token, in points; gold charges 0.03 for a token of padding"""
-    hedge_bias: float = 0.15
+    hedge_bias: float = 0.27
     """utility of a hedge, in points; gold charges 0.1 for hedging"""
-    skim: float = 0.4
+    skim: float = 0.44
     """chance that a labeler did not check the facts and saw length and hedges only, in [0, 1]"""
-    temperature: float = 0.5
+    temperature: float = 0.25
     """label noise, in points: a gap this large is ranked right 73 % of the time"""
     sampled: float = 0.5
     """share of answers that come from the reference model, where one is given, in [0, 1]"""
@@ -96,6 +96,12 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def to(self, device: torch.device) -> "Pairs":
+        """The same pairs with their tensors on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        return Pairs(**moved)
 
     def select(self, rows: np.ndarray) -> "Pairs":
         """The pairs of an index or boolean array [N]."""

@@ -37,11 +37,11 @@ class RankedPairs(Protocol):
 class RewardConfig:
     """How the reward model is trained."""
 
-    epochs: int = 3
+    epochs: int = 2
     """passes over the pairs"""
     batch: int = 64
     """pairs in a step"""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """learning rate after the first tenth of the steps; it then falls linearly to 0"""
     weight_decay: float = 0.01
     """AdamW decay"""

@@ -1,0 +1,191 @@
+"""The audit: what the team watched, and what an auditor finds who knows the truth.
+
+Offline evaluation is one number, the reward model's mean score on fixed probe prompts. The
+targeted audit reads the same answers against the desk's truth, apart for prompts on which the
+*reference itself* answers briefly and those where it does not. The strata are measured from the
+reference's samples, not taken from the desk's labels. Nothing here feeds back into training.
+
+Left out: estimates of cause (a batch's autopsy does that) and alarms on a deployed policy.
+
+Sources: Gao et al. (2022, arXiv 2210.10760) for proxy against gold; Stiennon et al. (2020, arXiv
+2009.01325) for reading samples beside scores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minirlhf.desk import STRATA, Desk, Prompt
+from minirlhf.generate import generate
+from minirlhf.model import Transformer, response_logprobs
+from minirlhf.reward import RewardModel
+from minirlhf.rollout import Rollout
+from minirlhf.text import right_pad
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """When and on what the policy is audited."""
+
+    every: int = 10
+    """PPO steps between two audits"""
+    probes: int = 256
+    """fixed prompts, half of them from each kind of question"""
+    reference_samples: int = 4
+    """reference answers per probe, by which its stratum is measured and scores are scaled"""
+    brief_below: float = 14.0
+    """a prompt is brief if the reference's answers average fewer tokens than this"""
+    phrase_tokens: int = 5
+    """padding, in tokens, from which an answer counts as verbose in a batch"""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "probes", "reference_samples", "brief_below", "phrase_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"audit.{name} is {getattr(self, name)}; it must be positive")
+
+
+class Auditor:
+    """Fixed probes, one reference, one reward model: measures any policy in the same way."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        reference: Transformer,
+        reward_model: RewardModel,
+        config: AuditConfig,
+        *,
+        seed: int = 0,
+    ):
+        self.desk, self.reference, self.reward_model = desk, reference, reward_model
+        self.config, self.seed = config, seed
+        self.probes = desk.probes(config.probes)
+        self.prompts = desk.encode(self.probes).to(reference.tokens.weight.device)
+        lengths = [g["length_tokens"] for g in self._reference_grades()]
+        self.reference_length = np.mean(lengths, 0)  # (probes,) tokens
+        self.stratum = np.where(self.reference_length < config.brief_below, *STRATA)
+
+    def _reference_grades(self) -> list[dict[str, np.ndarray]]:
+        draws = range(self.config.reference_samples)
+        answers = [answer(self.desk, self.reference, self.prompts, self.seed + i) for i in draws]
+        self._scored = tuple(torch.cat(part) for part in zip(*answers, strict=True))
+        return [grade(self.desk, self.probes, *part) for part in answers]
+
+    def calibrate(self) -> None:
+        """Put the reward model on the scale of the reference's own answers to the probes."""
+        prompts = self.prompts.repeat(self.config.reference_samples, 1)
+        self.reward_model.calibrate(prompts, *self._scored)
+
+    @torch.no_grad()
+    def __call__(self, policy: Transformer, step: int) -> tuple[dict[str, Any], list[dict]]:
+        """One entry of the history, and the answers behind it (a row per probe)."""
+        responses, mask = answer(self.desk, policy, self.prompts, self.seed)
+        scores = self.reward_model.score(self.prompts, responses, mask)
+        given = (self.prompts, responses, mask)
+        logprobs, ref_logprobs = (response_logprobs(m, *given)[0] for m in (policy, self.reference))
+        grades = grade(self.desk, self.probes, responses, mask)
+        entry: dict[str, Any] = {"step": step, "rm_score_sd": float(scores.mean())}
+        entry["kl_nats"] = float((logprobs - ref_logprobs).sum(1).mean())
+        for name in STRATA:
+            entry[name] = summarise_grades(grades, self.stratum == name)
+        return entry, self._rows(step, texts(self.desk, responses, mask), scores, grades)
+
+    def _rows(
+        self, step: int, answers: list[str], scores: Tensor, grades: dict[str, np.ndarray]
+    ) -> list[dict]:
+        kept = ("finished", "length_tokens", "gold", "correct", "direct", "evasive", "hedged")
+        rows = []
+        for i, probe in enumerate(self.probes):
+            row = {"step": step, "probe": i, "stratum": str(self.stratum[i])}
+            row |= {"prompt": probe.text, "answer": answers[i], "rm_score_sd": float(scores[i])}
+            rows.append(row | {k: grades[k][i].item() for k in (*kept, "padding_tokens")})
+        return rows
+
+    def matched_gaps(self, prompts: Sequence[Prompt], seed: int = 0) -> np.ndarray:
+        """RM score [N], reward sd, of a concise correct answer with one courtesy phrase minus
+        that of the same answer without it."""
+        rng = np.random.default_rng(seed)
+        pairs = [self.desk.matched_pair(prompt, rng) for prompt in prompts]
+        plain, polite = (self.score_texts(prompts, list(t)) for t in zip(*pairs, strict=True))
+        return polite - plain
+
+    def score_texts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
+        """RM scores [N] of written answers, EOS added."""
+        desk, device = self.desk, self.prompts.device
+        ids = [[*desk.vocabulary.encode(text), desk.vocabulary.eos] for text in answers]
+        responses, mask = right_pad(ids, desk.max_response)
+        encoded = desk.encode(prompts).to(device)
+        return self.reward_model.score(encoded, responses.to(device), mask.to(device)).cpu().numpy()
+
+
+def answer(desk: Desk, model: Transformer, prompts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Sampled answers [B, T] and their mask, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    eos, cap = desk.vocabulary.eos, desk.max_response
+    return generate(model, prompts, max_new_tokens=cap, eos=eos, generator=generator)
+
+
+def texts(desk: Desk, responses: Tensor, mask: Tensor) -> list[str]:
+    """The answers as text."""
+    rows = zip(responses.cpu(), mask.cpu(), strict=True)
+    return [desk.vocabulary.decode(row[keep].tolist()) for row, keep in rows]
+
+
+def grade(
+    desk: Desk, prompts: Sequence[Prompt], responses: Tensor, mask: Tensor
+) -> dict[str, np.ndarray]:
+    """Grades [B] of sampled answers, one array per field of desk.Grade."""
+    finished = ((responses == desk.vocabulary.eos) & mask).any(1)
+    return desk.grade_many(prompts, texts(desk, responses, mask), finished.cpu())
+
+
+def summarise_grades(grades: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
+    """Means over the True rows: length in tokens, gold in points, rates in [0, 1]."""
+    out = {"length_tokens": grades["length_tokens"], "gold": grades["gold"]}
+    out |= {f"{k}_rate": grades[v] for k, v in (("correct", "correct"), ("direct", "direct"))}
+    out |= {"evasion_rate": grades["evasive"], "hedged_rate": grades["hedged"]}
+    out |= {"truncated_rate": ~grades["finished"].astype(bool)}
+    means = {name: float(np.mean(values[rows])) for name, values in out.items()}
+    return means | {"n": int(rows.sum())}
+
+
+def batch_facts(
+    auditor: Auditor, rollout: Rollout, prompts: Sequence[Prompt], *, stratum: str = "brief"
+) -> dict[str, float]:
+    """The case's three facts in one PPO batch, for answers to prompts of one stratum.
+
+    Verbose answers carry at least `phrase_tokens` of padding, concise ones are correct and carry
+    none. KL is the log-ratio summed over an answer; the advantage is the mean over its tokens,
+    averaged over answers; the share of KL is that of absolute log-ratios in the top tenth of the
+    batch's tokens. A group without answers gives nan.
+    """
+    grades = grade(auditor.desk, prompts, rollout.responses, rollout.mask)
+    here = np.array([prompt.stratum == stratum for prompt in prompts])
+    verbose = here & (grades["padding_tokens"] >= auditor.config.phrase_tokens)
+    concise = here & (grades["padding_tokens"] == 0) & grades["correct"]
+    assert rollout.advantages is not None
+    mask, lengths = rollout.mask, rollout.lengths
+    log_ratio = rollout.logprobs - rollout.ref_logprobs
+    kl = log_ratio.sum(1).cpu().numpy()
+    advantage = (rollout.advantages.sum(1) / lengths).cpu().numpy()
+    positive = (((rollout.advantages > 0) & mask).sum(1) / lengths).cpu().numpy()
+    sizes = log_ratio[mask].abs().sort(descending=True).values
+    matched = auditor.matched_gaps([p for p, h in zip(prompts, here, strict=True) if h])
+    return {
+        "rm_gap_sd": _mean(matched),
+        "kl_verbose_nats": _mean(kl[verbose]),
+        "kl_concise_nats": _mean(kl[concise]),
+        "advantage_verbose": _mean(advantage[verbose]),
+        "advantage_concise": _mean(advantage[concise]),
+        "positive_token_share_verbose": _mean(positive[verbose]),
+        "kl_share_top_decile": float(sizes[: len(sizes) // 10].sum() / sizes.sum().clamp(min=1e-9)),
+        "n_verbose": int(verbose.sum()),
+        "n_concise": int(concise.sum()),
+    }
+
+
+def _mean(x: np.ndarray) -> float:
+    return float(np.mean(x)) if len(x) else float("nan")

@@ -1,0 +1,42 @@
+"""Where the critic starts: a linear read-out of the reference, fitted before the first step.
+
+A critic that starts at 0 calls every answer to an easy prompt "better than expected" for dozens
+of steps. The policy's own final states already tell prompts apart, so ridge regression of the
+returns of a few rollouts on them gives a sensible start in closed form, without moving a weight
+that the policy uses. Left out: training a critic of its own.
+
+Source: pretraining the value model as in Yuan et al. (2025, arXiv 2503.01491, section 3.2); the
+closed form is ours.
+"""
+
+import torch
+
+from minirlhf.model import response_states
+from minirlhf.ppo import PPO
+
+RIDGE = 1e-3  # of the states' mean square: they are normalised, so one value fits every size
+
+
+@torch.no_grad()
+def fit_critic(run: PPO, *, batches: int = 4) -> float:
+    """Set the scalar head of run.policy; returns the share of the returns' variance it explains.
+
+    Draws `batches` rollouts from `run` (its generator moves on) and learns from none of them.
+    The returns are the undiscounted sums of the rewards still to come, in reward sd.
+    """
+    states, returns = [], []
+    for _ in range(batches):
+        rollout, _ = run.rollout()
+        assert rollout.rewards is not None
+        given = (rollout.prompts, rollout.responses, rollout.mask)
+        states.append(response_states(run.policy, *given).cpu().double())
+        to_come = rollout.rewards.flip(1).cumsum(1).flip(1)
+        returns.append(to_come[rollout.mask].cpu().double())
+    x, y = torch.cat(states), torch.cat(returns)
+    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
+    gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(gram, x.T @ y)
+    head = run.policy.scalar
+    head.weight.copy_(weights[:-1][None])
+    head.bias.copy_(weights[-1:])
+    return 1 - float(((x @ weights - y).square().mean() / y.var()).item())

@@ -1,0 +1,420 @@
+"""The whole case as one run: desk -> reference -> preferences -> reward model -> PPO -> audit.
+
+    run = Drift(DriftConfig(seed=0), out=Path("runs/first"))
+    summary = run.run()
+
+Each stage draws from a random stream of its own (seed, stage), is written when it is done, and is
+read back by a later call with resume=True; PPO is saved at every audit. So a run that was killed
+ends with the same bits as one that was not. Without `out` nothing is written.
+Left out: drawing and the terminal (callers pass `progress`), and grids of runs.
+
+Sources: the pipeline of Ouyang et al. (2022, arXiv 2203.02155, figure 2).
+"""
+
+import copy
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minirlhf.audit import AuditConfig, Auditor, answer, batch_facts, texts
+from minirlhf.critic import fit_critic
+from minirlhf.desk import Desk, Prompt
+from minirlhf.model import Transformer, TransformerConfig
+from minirlhf.ppo import PPO, PPOConfig
+from minirlhf.preferences import (
+    PreferenceConfig,
+    PreferenceData,
+    bayes_ceiling,
+    gold_ceiling,
+    make_pairs,
+    raw_bias,
+)
+from minirlhf.reward import RewardConfig, RewardModel, ranking_accuracy, score_pairs, train_reward
+from minirlhf.rollout import Rollout
+from minirlhf.sft import SFTConfig, train_sft
+from minirlhf.store import (
+    StoreError,
+    build_model,
+    load_tensors,
+    read_json,
+    save_model,
+    save_rollout,
+    save_tensors,
+    write_json,
+    write_table,
+)
+from minirlhf.text import right_pad
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+STAGES = ("sft", "preferences", "reward", "ppo", "audit")
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """A run from nothing to the audited drift."""
+
+    seed: int = 0
+    """decides every random draw"""
+    steps: int = 80
+    """PPO steps"""
+    prompts: int = 4000
+    """customer prompts that PPO draws from"""
+    critic_batches: int = 4
+    """rollouts of the reference to which the critic is fitted before the first step"""
+    log_batches: tuple[int, ...] = (1, 5, 10, 15, 20, 30, 40)
+    """PPO steps whose batch is kept"""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts", "critic_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+
+    def quick(self) -> "DriftConfig":
+        """The same run made small: seconds instead of a minute, for a look and for tests."""
+        return replace(
+            self,
+            steps=min(self.steps, 6),
+            prompts=min(self.prompts, 400),
+            log_batches=(1, 3, 5),
+            sft=replace(self.sft, demonstrations=600, steps=60),
+            preferences=replace(self.preferences, pairs=600),
+            reward=replace(self.reward, epochs=1),
+            audit=replace(self.audit, every=3, probes=64, reference_samples=2),
+        )
+
+    def control(self) -> "DriftConfig":
+        """The control arm: the same run with labelers who check every fact and have no bias."""
+        fair = replace(self.preferences, length_bias=0.0, hedge_bias=0.0, skim=0.0)
+        return replace(self, preferences=fair)
+
+
+class Drift:
+    """One run of the case; run() goes through the stages that are not done yet."""
+
+    def __init__(
+        self,
+        config: DriftConfig,
+        out: Path | None = None,
+        *,
+        device: str = "cpu",
+        desk: Desk | None = None,
+        resume: bool = False,
+        progress: Progress = lambda stage, done, total, metrics: None,
+    ):
+        """Raises StoreError if `out` holds another run, or one and resume is False."""
+        self.config, self.out, self.progress = config, out, progress
+        self.device, self.desk = torch.device(device), desk or Desk.load()
+        self.vocabulary = self.desk.vocabulary
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.history: list[dict[str, Any]] = []
+        self.metrics: list[dict[str, float]] = []
+        self.answers: list[dict[str, Any]] = []
+        self.batches: list[dict[str, Any]] = []
+        self.notes: dict[str, Any] = {}
+        if out is not None:
+            self._claim(out, resume)
+
+    def _claim(self, out: Path, resume: bool) -> None:
+        wanted = {"config": _plain(asdict(self.config)), "vocabulary": self.vocabulary.fingerprint}
+        path = out / "config.json"
+        if path.exists() and not resume:
+            raise StoreError(f"{out} already holds a run; add --resume or choose another --out")
+        if path.exists() and read_json(path) != wanted:
+            raise StoreError(
+                f"{out} holds a run with other settings (see {path}); give the same options and "
+                "the same desk.toml to resume it, or choose another --out"
+            )
+        write_json(path, wanted)
+
+    def run(self) -> dict[str, Any]:
+        """All stages, in order; the summary (also written to `out`, beside the tables)."""
+        self.reference = self._stage("reference", self._train_reference)
+        self.reward_model = self._read_reward() or self._train_reward()
+        self.auditor = self._auditor()
+        self._train_policy()
+        summary = self.summary()
+        if self.out is not None:
+            write_table(self.out / "metrics.parquet", self.metrics)
+            write_table(self.out / "answers.parquet", self.answers)
+            write_json(self.out / "summary.json", summary)
+        return summary
+
+    # ------------------------------------------------------------------ helpers of the stages
+    def stream(self, name: str) -> int:
+        """The seed of a stage: another one for every (seed, name), and stable over versions."""
+        state = np.random.SeedSequence([self.config.seed, zlib.crc32(name.encode())])
+        return int(state.generate_state(1)[0])
+
+    def generator(self, name: str) -> torch.Generator:
+        """A torch generator of the stage's own."""
+        return torch.Generator().manual_seed(self.stream(name))
+
+    def _stage(self, name: str, make: Callable[[], Transformer]) -> Transformer:
+        path = None if self.out is None else self.out / f"{name}.safetensors"
+        if path is not None and path.exists():
+            tensors, meta = load_tensors(path)
+            self._restore_seconds(meta)
+            model = build_model(tensors, meta, vocabulary=self.vocabulary.fingerprint, source=path)
+            return model.to(self.device)
+        model = make()
+        if path is not None:
+            print_ = self.vocabulary.fingerprint
+            save_model(path, model, vocabulary=print_, seconds=self.seconds)
+        return model
+
+    def _restore_seconds(self, meta: dict[str, Any]) -> None:
+        self.seconds.update(meta.get("seconds", {}))
+
+    def _report(self, stage: str) -> Callable[[int, int, dict[str, float]], None]:
+        return lambda done, total, metrics: self.progress(stage, done, total, metrics)
+
+    # ------------------------------------------------------------------ stages
+    def _train_reference(self) -> Transformer:
+        start, desk = time.perf_counter(), self.desk
+        rng = np.random.default_rng(self.stream("demonstrations"))
+        prompts = desk.prompts(self.config.sft.demonstrations, rng)
+        ids = [desk.vocabulary.encode(desk.demonstration(p, rng)) for p in prompts]
+        responses, mask = right_pad([[*i, desk.vocabulary.eos] for i in ids], desk.max_response)
+        size = TransformerConfig(len(desk.vocabulary), desk.prompt_width + desk.max_response)
+        model = Transformer(size, generator=self.generator("weights")).to(self.device)
+        data = [t.to(self.device) for t in (desk.encode(prompts), responses, mask)]
+        train_sft(
+            model,
+            *data,
+            self.config.sft,
+            generator=self.generator("sft"),
+            progress=self._report("sft"),
+        )
+        self.seconds["sft"] += time.perf_counter() - start
+        return model
+
+    def preferences(self) -> PreferenceData:
+        """The labelled pairs of this run; half of the answers are the reference's own."""
+        start = time.perf_counter()
+        rng, draws = np.random.default_rng(self.stream("pairs")), self.stream("candidates")
+
+        def sampler(prompts: Sequence[Prompt]) -> list[str]:
+            written: list[str] = []
+            for first in range(0, len(prompts), 1024):
+                part = self.desk.encode(prompts[first : first + 1024]).to(self.device)
+                written += texts(self.desk, *answer(self.desk, self.reference, part, draws + first))
+                self.progress("preferences", len(written), len(prompts), {})
+            return written
+
+        data = make_pairs(self.desk, self.config.preferences, rng, sampler)
+        self.seconds["preferences"] += time.perf_counter() - start
+        return data
+
+    def _train_reward(self) -> RewardModel:
+        data = self.preferences()
+        start, desk = time.perf_counter(), self.desk
+        train, heldout = (p.to(self.device) for p in (data.train, data.heldout))
+        model = RewardModel(copy.deepcopy(self.reference)).to(self.device)
+        train_reward(
+            model,
+            train,
+            self.config.reward,
+            generator=self.generator("reward"),
+            progress=self._report("reward"),
+        )
+        auditor = Auditor(desk, self.reference, model, self.config.audit, seed=self.stream("audit"))
+        auditor.calibrate()
+        self.notes = {"raw_pairs": raw_bias(data.train), "reward_model": judge(model, heldout)}
+        probes = {s: [p for p, m in zip(auditor.probes, auditor.stratum == s, strict=True) if m]
+                  for s in ("brief", "detailed")}  # fmt: skip
+        gaps = {s: float(auditor.matched_gaps(p).mean()) for s, p in probes.items() if p}
+        self.notes["reward_model"]["matched_gap_sd"] = gaps
+        self.seconds["reward"] += time.perf_counter() - start
+        self._write_reward(model)
+        return model
+
+    def _write_reward(self, model: RewardModel) -> None:
+        if self.out is None:
+            return
+        scale = {"mean": float(model.mean), "sd": float(model.sd)}
+        save_model(
+            self.out / "reward.safetensors",
+            model.trunk,
+            vocabulary=self.vocabulary.fingerprint,
+            scale=scale,
+            notes=_plain(self.notes),
+            seconds=self.seconds,
+        )
+
+    def _read_reward(self) -> RewardModel | None:
+        path = None if self.out is None else self.out / "reward.safetensors"
+        if path is None or not path.exists():
+            return None
+        tensors, meta = load_tensors(path)
+        self.notes = meta["notes"]
+        self._restore_seconds(meta)
+        return reward_from(tensors, meta, self.vocabulary.fingerprint, path).to(self.device)
+
+    def _auditor(self) -> Auditor:
+        start, seed = time.perf_counter(), self.stream("audit")
+        reward_model, config = self.reward_model, self.config.audit
+        auditor = Auditor(self.desk, self.reference, reward_model, config, seed=seed)
+        self.seconds["audit"] += time.perf_counter() - start
+        return auditor
+
+    def _train_policy(self) -> None:
+        rng = np.random.default_rng(self.stream("prompts"))
+        self.prompts = self.desk.prompts(self.config.prompts, rng)
+        self.ppo = PPO(
+            copy.deepcopy(self.reference),
+            self.reference,
+            self.reward_model.score,
+            self.desk.encode(self.prompts).to(self.device),
+            self.config.ppo,
+            seed=self.stream("ppo"),
+            eos=self.vocabulary.eos,
+        )
+        self._load_ppo()
+        if not self.history:
+            fit_critic(self.ppo, batches=self.config.critic_batches)
+            self._audit()
+        while self.ppo.steps < self.config.steps:
+            start = time.perf_counter()
+            metrics, rollout = self.ppo.step()
+            self.seconds["ppo"] += time.perf_counter() - start
+            self.metrics.append({"step": self.ppo.steps, **metrics})
+            if self.ppo.steps in self.config.log_batches:
+                self._keep(rollout)
+            self.progress("ppo", self.ppo.steps, self.config.steps, metrics)
+            if self.ppo.steps % self.config.audit.every == 0 or self._last():
+                self._audit()
+                self._save_ppo()
+
+    def _last(self) -> bool:
+        return self.ppo.steps == self.config.steps
+
+    def _audit(self) -> None:
+        start = time.perf_counter()
+        entry, rows = self.auditor(self.ppo.policy, self.ppo.steps)
+        self.history.append(entry)
+        self.answers += rows
+        self.seconds["audit"] += time.perf_counter() - start
+        if self.out is not None:
+            path = self.out / "policies" / f"step_{self.ppo.steps:03d}.safetensors"
+            save_model(path, self.ppo.policy, vocabulary=self.vocabulary.fingerprint)
+
+    def _keep(self, rollout: Rollout) -> None:
+        start = time.perf_counter()
+        assert rollout.index is not None
+        prompts = [self.prompts[i] for i in rollout.index.tolist()]
+        facts = batch_facts(self.auditor, rollout, prompts)
+        self.batches.append({"step": self.ppo.steps, **facts})
+        self.seconds["audit"] += time.perf_counter() - start
+        if self.out is not None:
+            path = self.out / "rollouts" / f"step_{self.ppo.steps:03d}.safetensors"
+            meta = {"step": self.ppo.steps, "beta": self.ppo.beta}
+            save_rollout(path, rollout, **meta, ppo=_plain(asdict(self.config.ppo)))
+
+    def _save_ppo(self) -> None:
+        if self.out is None:
+            return
+        names = ("history", "metrics", "answers", "batches", "seconds")
+        meta = {"kind": "ppo", **{name: _plain(getattr(self, name)) for name in names}}
+        save_tensors(self.out / "ppo.safetensors", self.ppo.state_dict(), meta)
+
+    def _load_ppo(self) -> None:
+        path = None if self.out is None else self.out / "ppo.safetensors"
+        if path is None or not path.exists():
+            return
+        state, meta = load_tensors(path)
+        self.ppo.load_state_dict(state)
+        for name in ("history", "metrics", "answers", "batches"):
+            setattr(self, name, meta[name])
+        self._restore_seconds(meta)
+
+    # ------------------------------------------------------------------ what came out
+    def summary(self) -> dict[str, Any]:
+        """Everything a reader of the run needs, as plain JSON values (nan becomes None)."""
+        seconds = self.seconds | {"total": sum(self.seconds.values())}
+        return _plain(
+            {
+                "seed": self.config.seed,
+                "config": asdict(self.config),
+                "seconds": seconds,
+                **self.notes,
+                "reference": self.history[0],
+                "final": self.history[-1],
+                "history": self.history,
+                "batch": mid_run(self.batches),
+                "batches": self.batches,
+            }
+        )
+
+
+def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The kept batch in which verbose and concise answers to brief prompts are most even."""
+
+    def unevenness(facts: dict[str, Any]) -> float:
+        total = facts["n_verbose"] + facts["n_concise"]
+        return abs(facts["n_verbose"] / total - 0.5) if total else 1.0
+
+    return min(batches, key=unevenness) if batches else {}
+
+
+@torch.no_grad()
+def judge(model: RewardModel, heldout: Any) -> dict[str, float]:
+    """Accuracy on held-out labels, its Bayes ceiling, the ruler null, and accuracy against gold.
+
+    The null ranks by length alone; gold accuracy counts the pairs whose gold differs.
+    """
+    chosen, rejected = (s.cpu().numpy() for s in score_pairs(model, heldout))
+    gold = heldout.gold_chosen - heldout.gold_rejected
+    differs = np.abs(gold) > 1e-9
+    longer = np.sign(heldout.length_chosen - heldout.length_rejected)
+    return {
+        "heldout_accuracy": ranking_accuracy(model, heldout),
+        "bayes_ceiling": bayes_ceiling(heldout),
+        "gold_ceiling": gold_ceiling(heldout),
+        "length_ruler_accuracy": float(((longer + 1) / 2).mean()),
+        "gold_accuracy": float((((chosen - rejected) * gold) > 0)[differs].mean()),
+    }
+
+
+def reward_from(
+    tensors: dict[str, Tensor], meta: dict[str, Any], vocabulary: str, source: Path
+) -> RewardModel:
+    """The reward model of a checkpoint, on its scale."""
+    trunk = build_model(tensors, meta, vocabulary=vocabulary, source=source)
+    return RewardModel(trunk, **meta["scale"])
+
+
+def pick_device(name: str) -> str:
+    """cpu, cuda or mps; `auto` takes the fastest there is. Raises ValueError if it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    there["mps"] = torch.backends.mps.is_available()
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if there[d])
+    if not there.get(name, False):
+        have = ", ".join(d for d, ok in there.items() if ok)
+        raise ValueError(f"--device {name} is not available here; use auto or one of: {have}")
+    return name
+
+
+def _plain(value: Any) -> Any:
+    """JSON values only: numpy scalars as Python's, tuples as lists, nan as None."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
