@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minirlhf.model import HIDDEN, Transformer
 from minirlhf.text import PAD
 
 SHRINK_BELOW = 0.75  # rows still running, as a share, under which the cache is packed anew
-BLOCK = 32  # the cache is read in multiples of this many columns
+BLOCK = 32  # columns by which the cache grows
 
 
 class Sample(NamedTuple):
@@ -35,47 +35,40 @@ class Sample(NamedTuple):
 class Cache:
     """Keys and values of the tokens read so far, for the rows that still run.
 
-    Its columns are the padded prompt and then the answer. A query meets *all* columns up to the
-    next multiple of BLOCK, and a bias hides those that hold no token: a plain batched product
-    over a few columns too many costs less than one that is exactly as wide as it must be.
+    Columns are the padded prompt, then the answer; it grows by BLOCK of them. A query meets all
+    and a bias hides those without a token: plain products over some too many are the faster.
     """
 
     def __init__(self, model: Transformer, prompts: Tensor, steps: int):
         c, (rows, width) = model.config, prompts.shape
-        head, size = c.d_model // c.n_head, width + steps
-        zeros = model.tokens.weight.new_zeros  # what is hidden is multiplied by 0: no NaN there
-        self.heads, self.filled, self.columns = c.n_head, 0, 0
-        self.keys = [zeros(rows, c.n_head, head, size) for _ in range(c.n_layer)]
-        self.values = [zeros(rows, c.n_head, size, head) for _ in range(c.n_layer)]
+        zeros, head = model.tokens.weight.new_zeros, c.d_model // c.n_head
+        self.heads, self.filled, self.limit = c.n_head, 0, width + steps
+        # keys lie transposed, so that a query meets them in one product; all start empty
+        self.keys = [zeros(rows, c.n_head, head, 0) for _ in range(c.n_layer)]
+        self.values = [zeros(rows, c.n_head, 0, head) for _ in range(c.n_layer)]
         padding = (prompts != PAD).cumsum(1) == 0  # (R, P)
         self.places = (~padding).cumsum(1).sub_(1).clamp_(min=0)  # [R, s] of the next tokens
-        self.bias = zeros(rows, c.n_head, 1, size).fill_(HIDDEN)
-        self.bias[..., :width] = HIDDEN * padding[:, None, None]
+        self.bias = zeros(rows, c.n_head, 1, width) + HIDDEN * padding[:, None, None]
 
     def open(self, steps: int) -> Tensor:
         """Make room for `steps` tokens; the bias [R * H, s, columns] of their queries."""
         self.filled, self.places = self.filled + steps, self.places[:, -1:] + 1
-        if self.filled > self.columns:
-            self.columns = min(self.bias.shape[-1], -(-self.filled // BLOCK) * BLOCK)
-            # bias, keys and values as one batch of R * H, cut to the columns that are read
-            self.seen = [x.flatten(0, 1)[..., : self.columns] for x in (self.bias, *self.keys)]
-            self.told = [x.flatten(0, 1)[:, : self.columns] for x in self.values]
-        if steps == 1:
-            self.bias[..., self.filled - 1] = 0
-            return self.seen[0]
-        causal = self.bias.new_full((steps, self.columns), HIDDEN).triu(1)
-        return self.seen[0] + causal
+        columns = min(-(-self.filled // BLOCK) * BLOCK, self.limit)
+        more = columns - self.keys[0].shape[-1]
+        if more:
+            self.keys = [F.pad(k, (0, more)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
+            self.bias = F.pad(self.bias, (0, columns - self.bias.shape[-1]), value=HIDDEN)
+        if steps > 1:
+            causal = self.bias.new_full((steps, columns), HIDDEN).triu(1)
+            return (self.bias + causal).flatten(0, 1)
+        self.bias[..., self.filled - 1] = 0
+        return self.bias.flatten(0, 1)
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows."""
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
         self.places, self.bias = self.places[rows], self.bias[rows]
-        self.columns = 0  # open() makes the views anew
-
-
-def _weights(block: nn.Module) -> SimpleNamespace:
-    """(weight, bias) of a block's parts: calling a module here takes as long as its work."""
-    return SimpleNamespace(**{name: (m.weight, m.bias) for name, m in block.named_children()})
 
 
 def _attend(w: SimpleNamespace, x: Tensor, cache: Cache, layer: int, bias: Tensor) -> Tensor:
@@ -84,10 +77,10 @@ def _attend(w: SimpleNamespace, x: Tensor, cache: Cache, layer: int, bias: Tenso
     now = slice(cache.filled - steps, cache.filled)
     qkv = F.linear(F.layer_norm(x, (width,), *w.attention_norm), *w.qkv)
     q, k, v = qkv.view(-1, steps, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (R, H, s, hd)
-    cache.keys[layer][..., now], cache.values[layer][:, :, now] = k.transpose(2, 3), v
-    scale = (width // heads) ** -0.5
-    scores = torch.baddbmm(bias, q.flatten(0, 1), cache.seen[1 + layer], alpha=scale)
-    mixed = torch.bmm(scores.softmax(-1), cache.told[layer])  # (R * H, s, hd)
+    keys, values = cache.keys[layer], cache.values[layer]
+    keys[..., now], values[:, :, now] = k.transpose(2, 3), v
+    scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1), alpha=q.shape[-1] ** -0.5)
+    mixed = torch.bmm(scores.softmax(-1), values.flatten(0, 1))  # (R * H, s, hd)
     mixed = mixed.view(-1, heads, steps, width // heads).transpose(1, 2).reshape(-1, width)
     return F.linear(mixed, *w.out)
 
@@ -126,7 +119,9 @@ def _draw(
     model: Transformer, prompts: Tensor, uniform: Tensor, eos: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probs, values [T, B]; behind a row's EOS stands whatever it went on to say."""
-    blocks = [_weights(block) for block in model.blocks]
+    # (weight, bias) of each block's parts: calling a module takes as long as its work here
+    parts = [{n: (m.weight, m.bias) for n, m in block.named_children()} for block in model.blocks]
+    blocks = [SimpleNamespace(**named) for named in parts]
     cache, read = Cache(model, prompts, len(uniform)), prompts
     tokens = torch.full(uniform.shape, eos, device=prompts.device)
     logprobs, values = model.tokens.weight.new_zeros(2, *uniform.shape)
@@ -185,10 +180,9 @@ def generate(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample one answer to each prompt: responses [B, T] and mask [B, T], T = max_new_tokens.
+    """sample() without log-probs and values: responses [B, T] and mask [B, T], T = max_new_tokens.
 
-    The mask is True up to and including EOS; an answer without EOS was cut at the cap. Errors as
-    in sample(), which also returns log-probs and values.
+    The mask is True up to and including EOS; an answer without EOS was cut at the cap.
     """
     limits = {"max_new_tokens": max_new_tokens, "eos": eos, "pad": pad}
     out = sample(model, prompts, **limits, temperature=temperature, generator=generator)

@@ -124,7 +124,7 @@ class Block(nn.Module):
         """[M, D] -> [M, D], or [K, D] in the last block, where only kept tokens go on."""
         mixed = self.attend(self.qkv(self.attention_norm(x)), packing, last)
         x = (packing.keep(x) if last else x) + self.out(mixed)
-        return x + self.down(F.relu(self.up(self.mlp_norm(x))))
+        return x + self.down(self.up(self.mlp_norm(x)).relu_())
 
 
 class Transformer(nn.Module):
