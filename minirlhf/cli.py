@@ -1,0 +1,250 @@
+"""The command line: `minirlhf drift | seeds | data | check`.
+
+Options are the fields of the config dataclasses (`minirlhf drift --help` lists them with their
+units). What goes wrong is one sentence on stderr and a non-zero exit status; what was computed
+before stays on disk, and --resume goes on from there.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+EXPECTED = (ValueError, RuntimeError, FloatingPointError)  # one sentence; the rest are bugs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    from minirlhf.drift import DriftConfig
+
+    @dataclass(frozen=True)
+    class DriftRun:
+        """Train reference, reward model and policy from nothing, and audit the drift."""
+
+        config: Annotated[DriftConfig, tyro.conf.arg(name="")] = field(default_factory=DriftConfig)
+        out: Path = Path("runs/drift")
+        """folder for everything that the run writes"""
+        device: str = "auto"
+        """auto, cpu, cuda or mps"""
+        quick: bool = False
+        """a few seconds instead of a minute: too small to show the drift"""
+        resume: bool = False
+        """go on with the run in --out"""
+
+    commands = {
+        "drift": (DriftRun, drift),
+        "seeds": (SeedsRun, seeds),
+        "data": (DataRun, data),
+        "check": (CheckRun, check),
+    }
+    try:
+        options = tyro.extras.subcommand_cli_from_dict(
+            {name: kind for name, (kind, _) in commands.items()},
+            prog="minirlhf",
+            args=None if argv is None else list(argv),
+        )
+        return next(run for kind, run in commands.values() if isinstance(options, kind))(options)
+    except KeyboardInterrupt:
+        print("minirlhf: stopped; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    except EXPECTED as error:
+        print(f"minirlhf: {error}", file=sys.stderr)
+        return 1
+
+
+@dataclass(frozen=True)
+class SeedsRun:
+    """Both arms over many seeds: the table of claims with intervals."""
+
+    seeds: int = 10
+    """seeds 0 .. seeds - 1"""
+    jobs: int = 2
+    """single-thread processes at once; one a core is fastest"""
+    out: Path = Path("data/seeds.json")
+    """all summaries and the table"""
+    table: Path = Path("docs/seeds.md")
+    """the table as Markdown"""
+
+
+@dataclass(frozen=True)
+class DataRun:
+    """Make data/ anew from a default run (all but desk.toml and seeds.json)."""
+
+    folder: Path = Path("data")
+    """where desk.toml lies and the rest goes"""
+
+
+@dataclass(frozen=True)
+class CheckRun:
+    """Is this machine ready for the course?"""
+
+    out: Path = Path()
+    """a folder that runs would write to"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+
+class Bars:
+    """One progress bar a stage, with rate and time left, made when the stage first reports."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, tqdm] = {}
+
+    def __call__(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        """Progress of drift.Drift."""
+        if stage not in self.bars:
+            self.close()
+            self.bars[stage] = tqdm(total=total, desc=f"{stage:<11}", ncols=88, leave=True)
+        bar, shown = self.bars[stage], {k.split("/")[-1]: v for k, v in metrics.items()}
+        keep = ("loss_nats", "loss", "accuracy", "score_sd", "kl_nats", "length bias")
+        bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items() if k in keep}, refresh=False)
+        bar.update(done - bar.n)
+
+    def close(self) -> None:
+        """Finish the bar that is open."""
+        for bar in self.bars.values():
+            bar.close()
+
+
+def drift(options: Any) -> int:
+    """Run the case, print the two evaluations side by side, write figures and report."""
+    from minirlhf.drift import Drift, pick_device
+
+    config = options.config.quick() if options.quick else options.config
+    bars, device = Bars(), pick_device(options.device)
+    try:
+        run = Drift(config, options.out, device=device, resume=options.resume, progress=bars)
+        summary = run.run()
+    finally:
+        bars.close()
+    import pandas as pd
+
+    from minirlhf.lab.plots import drift_figure
+    from minirlhf.lab.report import report_html
+    from minirlhf.store import write_atomic, write_text
+
+    figure = drift_figure(summary)
+    write_atomic(options.out / "drift.png", lambda p: figure.savefig(p, format="png", dpi=150))
+    write_text(
+        options.out / "report.html", report_html(summary, pd.DataFrame(run.answers), [figure])
+    )
+    print_evaluations(summary, print)
+    print_answers(run.answers, print)
+    print_seconds(summary, run.metrics, print)
+    print(f"\nWritten to {options.out}: report.html, drift.png, summary.json and the rest")
+    return 0
+
+
+def print_evaluations(summary: dict[str, Any], say: Callable[[str], None]) -> None:
+    """What the team saw on the left, what the auditor saw on the right."""
+    say("\n          offline evaluation │ targeted audit (by the reference's own answer length)")
+    say(
+        "      RM score          KL   │  brief: tokens  gold direct evades │ detailed: tokens  gold"
+    )
+    say("step  reward sd  nats/answer │               points   rate   rate │                points")
+    for entry in summary["history"]:
+        b, d = entry["brief"], entry["detailed"]
+        say(
+            f"{entry['step']:>4}  {entry['rm_score_sd']:>9.2f}  {entry['kl_nats']:>11.2f} │ "
+            f"{b['length_tokens']:>14.1f} {b['gold']:>5.2f} {b['direct_rate']:>6.0%} "
+            f"{b['evasion_rate']:>6.0%} │ {d['length_tokens']:>16.1f} {d['gold']:>5.2f}"
+        )
+    facts = summary["batch"]
+    if facts:
+        say(
+            f"\nIn the batch of step {facts['step']}, brief prompts ({facts['n_verbose']} verbose, "
+            f"{facts['n_concise']} concise answers):"
+        )
+        say(f"  (a) one courtesy phrase adds {_show(facts['rm_gap_sd'])} sd to the RM score")
+        say(
+            f"  (b) KL: verbose {_show(facts['kl_verbose_nats'])}, "
+            f"concise {_show(facts['kl_concise_nats'])} nats per answer"
+        )
+        say(
+            f"  (c) advantage: verbose {_show(facts['advantage_verbose'])}, concise "
+            f"{_show(facts['advantage_concise'])}; positive on "
+            f"{_show(facts['positive_token_share_verbose'], '.0%')} of verbose tokens"
+        )
+
+
+def _show(value: float | None, form: str = "+.2f") -> str:
+    return "none" if value is None else format(value, form)
+
+
+def print_answers(answers: list[dict[str, Any]], say: Callable[[str], None], n: int = 5) -> None:
+    """The same probes before and after: brief ones first."""
+    first, last = (f(row["step"] for row in answers) for f in (min, max))
+    before = {row["probe"]: row for row in answers if row["step"] == first}
+    after = {row["probe"]: row for row in answers if row["step"] == last}
+    chosen = sorted(before, key=lambda i: (before[i]["stratum"] != "brief", i))
+    brief = [i for i in chosen if before[i]["stratum"] == "brief"][: n - 1]
+    for i in brief + [i for i in chosen if i not in brief][-1:]:
+        say(f"\n  {before[i]['prompt'].removesuffix(' <sep>')}")
+        for name, row in (("before", before[i]), ("after", after[i])):
+            scores = f"RM {row['rm_score_sd']:+.1f} sd, gold {row['gold']:+.2f}"
+            say(f"    {name:<6} {row['answer']}  [{row['length_tokens']} tokens, {scores}]")
+
+
+def print_seconds(
+    summary: dict[str, Any], metrics: list[dict[str, float]], say: Callable[[str], None]
+) -> None:
+    """Where the time went; a PPO step split into its three parts (medians)."""
+    spent = "  ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())
+    say(f"\nSeconds: {spent}")
+    parts = []
+    for name in ("rollout", "scoring", "update", "step"):
+        values = sorted(row[f"seconds/{name}"] for row in metrics)
+        parts.append(f"{name} {values[len(values) // 2]:.3f}")
+    say(f"Median PPO step, seconds: {'  '.join(parts)}")
+
+
+def seeds(options: SeedsRun) -> int:
+    """Run both arms of every seed and write the table of claims."""
+    from minirlhf.drift import DriftConfig
+    from minirlhf.seeds import markdown, run_seeds, table
+    from minirlhf.store import write_json, write_text
+
+    done, bar = [], tqdm(total=2 * options.seeds, desc="runs", ncols=88)
+    for summary in run_seeds(DriftConfig(), range(options.seeds), jobs=options.jobs):
+        done.append(summary)
+        bar.update()
+    bar.close()
+    done.sort(key=lambda s: (s["arm"], s["seed"]))
+    rows = table(done)
+    slim = [{k: v for k, v in s.items() if k != "batches"} for s in done]
+    write_json(options.out, {"table": rows, "runs": slim})
+    command = f"minirlhf seeds --seeds {options.seeds}"
+    write_text(options.table, markdown(rows, command))
+    print(markdown(rows, command))
+    return 0
+
+
+def data(options: DataRun) -> int:
+    """Rebuild data/."""
+    from minirlhf.shipped import build
+
+    bars = Bars()
+    try:
+        manifest = build(options.folder, report=bars)
+    finally:
+        bars.close()
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    print(f"{len(manifest['files'])} files, {size / 1e6:.1f} MB in {options.folder}")
+    return 0
+
+
+def check(options: CheckRun) -> int:
+    """Print the table of what is ready and what is not."""
+    from minirlhf import doctor
+
+    rows = doctor.check(out=options.out, device=options.device)
+    print(doctor.render(rows))
+    return doctor.exit_code(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The case over many seeds: every claim of the course as a number with an interval.
+
+Each seed is run twice, with the default labelers and with fair ones (the control arm), one
+single-thread process a core. A claim is a threshold on one run's summary; the table says in how
+many runs it holds. Left out: grids over other settings.
+
+Source: Henderson et al. (2018, arXiv 1709.06560) on why one seed shows nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+
+from minirlhf.drift import Drift, DriftConfig
+
+Summary = dict[str, Any]
+
+
+class Claim(NamedTuple):
+    """A statement about one run: `value` of its summary lies within [low, high]."""
+
+    name: str
+    value: Callable[[Summary], float]
+    low: float = -np.inf
+    high: float = np.inf
+    digits: int = 2
+
+
+def change(stratum: str, key: str) -> Callable[[Summary], float]:
+    """Final minus reference."""
+    return lambda s: s["final"][stratum][key] - s["reference"][stratum][key]
+
+
+def growth(stratum: str) -> Callable[[Summary], float]:
+    """Final over reference length."""
+    key = "length_tokens"
+    return lambda s: s["final"][stratum][key] / s["reference"][stratum][key]
+
+
+def _still_rising(s: Summary) -> float:
+    """RM score at the end minus the mean of the two audits before it, reward sd."""
+    scores = [entry["rm_score_sd"] for entry in s["history"]]
+    return scores[-1] - float(np.mean(scores[-3:-1]))
+
+
+def _batch(key: str) -> Callable[[Summary], float]:
+    return lambda s: s["batch"][key]
+
+
+def _kl_contrast(s: Summary) -> float:
+    return s["batch"]["kl_verbose_nats"] - abs(s["batch"]["kl_concise_nats"])
+
+
+def _judge(key: str) -> Callable[[Summary], float]:
+    return lambda s: s["reward_model"][key]
+
+
+DRIFT = (
+    Claim("RM score, final (reward sd)", lambda s: s["final"]["rm_score_sd"], low=1.0),
+    Claim("RM score, end against the two audits before (reward sd)", _still_rising, low=-0.15),
+    Claim("brief: length, final / reference", growth("brief"), low=2.0),
+    Claim("brief: gold, change (points)", change("brief", "gold"), high=-0.4),
+    Claim("brief: direct rate, change", change("brief", "direct_rate"), high=-0.20),
+    Claim("brief: evasion rate, change", change("brief", "evasion_rate"), low=0.08),
+    Claim("growth of brief / growth of detailed", lambda s: growth("brief")(s)
+          / growth("detailed")(s), low=1.4),
+    Claim("KL, final (nats per answer)", lambda s: s["final"]["kl_nats"], low=4.0),
+    Claim("batch: RM gap of one courtesy phrase (reward sd)", _batch("rm_gap_sd"), 1e-9, 0.6),
+    Claim("batch: KL of verbose answers (nats)", _batch("kl_verbose_nats")),
+    Claim("batch: KL of verbose minus |KL of concise| (nats)", _kl_contrast, low=2.0),
+    Claim("batch: advantage, verbose", _batch("advantage_verbose"), low=1e-9),
+    Claim("batch: advantage, concise", _batch("advantage_concise"), high=-1e-9),
+    Claim("batch: verbose tokens with advantage > 0 (share)",
+          _batch("positive_token_share_verbose"), low=0.70),
+    Claim("batch: |log-ratio| in the top tenth of tokens (share)",
+          _batch("kl_share_top_decile"), low=0.60),
+    Claim("RM accuracy on held-out labels", _judge("heldout_accuracy"), low=0.65, digits=3),
+    Claim("its Bayes ceiling", _judge("bayes_ceiling"), digits=3),
+    Claim("accuracy of ranking by length alone", _judge("length_ruler_accuracy"), digits=3),
+)  # fmt: skip
+CONTROL = (
+    Claim("brief: length, final / reference", growth("brief"), 0.70, 1.15),
+    Claim("brief: gold, change (points)", change("brief", "gold"), low=-0.1),
+    Claim("detailed: gold, change (points)", change("detailed", "gold"), low=-0.1),
+    Claim("KL, final (nats per answer)", lambda s: s["final"]["kl_nats"]),
+    Claim("RM accuracy on held-out labels", _judge("heldout_accuracy"), low=0.65, digits=3),
+    Claim("its Bayes ceiling", _judge("bayes_ceiling"), digits=3),
+)
+
+
+def run_one(config: DriftConfig) -> Summary:
+    """One run in memory, on one thread (so that a run is the same alone and beside others)."""
+    torch.set_num_threads(1)
+    return Drift(config).run()
+
+
+def run_seeds(config: DriftConfig, seeds: Sequence[int], *, jobs: int) -> Iterator[Summary]:
+    """Summaries of both arms of every seed, as they are done; `arm` is drift or control."""
+    wanted = [(arm, replace(config, seed=seed)) for seed in seeds for arm in ("drift", "control")]
+    wanted = [(arm, c.control() if arm == "control" else c) for arm, c in wanted]
+
+    def job(arm: str, c: DriftConfig) -> Summary:
+        return {"arm": arm, **run_one(c)}
+
+    yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(
+        delayed(job)(arm, c) for arm, c in wanted
+    )
+
+
+def table(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    """One row per claim and arm: mean, 95 % bootstrap interval over seeds, range, runs held."""
+    rows = []
+    for arm, claims in (("drift", DRIFT), ("control", CONTROL)):
+        runs = sorted((s for s in summaries if s["arm"] == arm), key=lambda s: s["seed"])
+        for claim in claims if runs else ():
+            values = np.array([_number(claim.value, s) for s in runs])
+            low, high = _interval(values)
+            held = int(((values >= claim.low) & (values <= claim.high)).sum())
+            row = {"arm": arm, "claim": claim.name, "threshold": _threshold(claim)}
+            row |= {"mean": float(np.nanmean(values)), "low": low, "high": high}
+            row |= {"least": float(np.nanmin(values)), "most": float(np.nanmax(values))}
+            rows.append(row | {"held": held, "runs": len(runs), "digits": claim.digits})
+    return rows
+
+
+def _number(value: Callable[[Summary], float], summary: Summary) -> float:
+    try:
+        found = value(summary)
+    except TypeError:  # a group without answers
+        return np.nan
+    return np.nan if found is None else found
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over seeds."""
+    rng = np.random.default_rng(0)
+    means = np.nanmean(rng.choice(values, (4000, len(values))), 1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def _threshold(claim: Claim) -> str:
+    d, low, high = claim.digits, claim.low, claim.high
+    if np.isinf(low) and np.isinf(high):
+        return ""
+    if np.isinf(high):
+        return "> 0" if low < 1e-6 and low > 0 else f"≥ {low:.{d}f}"
+    if np.isinf(low):
+        return "< 0" if -1e-6 < high < 0 else f"≤ {high:.{d}f}"
+    return f"{low:.{d}f} … {high:.{d}f}"
+
+
+def markdown(rows: Sequence[dict[str, Any]], command: str) -> str:
+    """The table as Markdown, with the command that made it."""
+    lines = ["# The case over seeds", "", f"Made by `{command}`.", ""]
+    lines += ["Means over seeds with 95 % bootstrap intervals, and the range over runs. *Held*:"]
+    lines += ["runs in which the threshold is met. The control arm has the same seeds and no bias."]
+    for arm in ("drift", "control"):
+        lines += ["", f"## {arm}", ""]
+        lines += ["| measure | threshold | mean [95 % interval] | range | held |"]
+        lines += ["|---|---|---|---|---|"]
+        for row in (r for r in rows if r["arm"] == arm):
+            d = row["digits"]
+            mean, low, high, least, most = (
+                f"{row[k]:.{d}f}" for k in ("mean", "low", "high", "least", "most")
+            )
+            held = f"{row['held']}/{row['runs']}" if row["threshold"] else ""
+            cells = (row["claim"], row["threshold"], f"{mean} [{low}, {high}]")
+            lines.append(f"| {' | '.join(cells)} | {least} … {most} | {held} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,198 @@
+"""data/: what the notebooks start from, made by one command and read by name.
+
+    case = shipped()
+    case.policy(40), case.reward_model(0.0), case.rollout(10), case.summary["final"]
+
+Everything in it comes out of one default run (seed 0): its reference, its policy at every audit,
+three of its batches, its tables, and reward models trained on the *same pairs* labelled anew at
+other length-bias dials. MANIFEST.json lists every file with its sha256, seed and command.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minirlhf.audit import Auditor
+from minirlhf.desk import Desk
+from minirlhf.drift import Drift, DriftConfig, reward_from
+from minirlhf.model import Transformer
+from minirlhf.preferences import relabel
+from minirlhf.reward import RewardModel, train_reward
+from minirlhf.rollout import Rollout
+from minirlhf.store import (
+    load_model,
+    load_rollout,
+    load_tensors,
+    read_json,
+    save_model,
+    sha256,
+    write_json,
+)
+
+COMMAND = "minirlhf data"
+DIALS = (0.0, 0.02, 0.035, 0.048, 0.065, 0.09)  # length bias, points per token; 0.048 is default
+BATCHES = 3  # the mid-run batch, the one before and the one after
+
+
+def data_folder() -> Path:
+    """data/ beside the package in a checkout, or inside it in an installed wheel."""
+    here = Path(__file__).resolve().parent
+    return next((p for p in (here.parent / "data", here / "data") if p.is_dir()), here / "data")
+
+
+class Shipped:
+    """The shipped run, each part read from disk when it is first asked for."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder or data_folder()
+
+    @cached_property
+    def desk(self) -> Desk:
+        """The desk of data/desk.toml."""
+        return Desk.load(self.folder / "desk.toml")
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """summary.json of the run."""
+        return read_json(self.folder / "drift" / "summary.json")
+
+    @cached_property
+    def answers(self):
+        """One row per audit step and probe, a pandas DataFrame."""
+        return self._table("answers")
+
+    @cached_property
+    def metrics(self):
+        """One row per PPO step (docs/metrics.md), a pandas DataFrame."""
+        return self._table("metrics")
+
+    def _table(self, name: str):
+        import pandas as pd
+
+        return pd.read_parquet(self.folder / "drift" / f"{name}.parquet")
+
+    @property
+    def seeds(self) -> list[dict[str, Any]]:
+        """The claims table of `minirlhf seeds`."""
+        return read_json(self.folder / "seeds.json")["table"]
+
+    @property
+    def steps(self) -> list[int]:
+        """PPO steps with a shipped policy."""
+        return _numbers(self.folder / "drift", "policy_")
+
+    @property
+    def batch_steps(self) -> list[int]:
+        """PPO steps with a shipped batch."""
+        return _numbers(self.folder / "rollouts", "step_")
+
+    @cached_property
+    def reference(self) -> Transformer:
+        """The reference: what PPO started from."""
+        return self._model("reference.safetensors")
+
+    def policy(self, step: int) -> Transformer:
+        """The policy after `step` PPO steps. Raises StoreError if it is not shipped."""
+        return self._model(f"drift/policy_{step:03d}.safetensors")
+
+    def _model(self, name: str) -> Transformer:
+        return load_model(self.folder / name, vocabulary=self.desk.vocabulary.fingerprint)
+
+    def reward_model(self, dial: float | None = None) -> RewardModel:
+        """The reward model of a length-bias dial (None: the default's), on its scale."""
+        dial = self.summary["config"]["preferences"]["length_bias"] if dial is None else dial
+        path = self.folder / f"reward_bias_{round(1000 * dial):03d}.safetensors"
+        return reward_from(*load_tensors(path), self.desk.vocabulary.fingerprint, path)
+
+    def rollout(self, step: int) -> Rollout:
+        """The batch that PPO learnt from in `step`."""
+        return load_rollout(self.folder / "rollouts" / f"step_{step:03d}.safetensors")[0]
+
+
+def shipped(folder: Path | None = None) -> Shipped:
+    """The shipped run of this installation, or of another data folder."""
+    return Shipped(folder)
+
+
+def _numbers(folder: Path, prefix: str) -> list[int]:
+    found = folder.glob(f"{prefix}*.safetensors")
+    return sorted(int(path.stem.removeprefix(prefix)) for path in found)
+
+
+def build(
+    folder: Path, *, config: DriftConfig | None = None, report: Callable[..., None] | None = None
+) -> dict[str, Any]:
+    """Make all of data/ but desk.toml and seeds.json anew; the manifest. Raises StoreError."""
+    config = config or DriftConfig()
+    desk = Desk.load(folder / "desk.toml")
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)
+        options = {"progress": report} if report else {}
+        run = Drift(config, out, desk=desk, **options)
+        summary = run.run()
+        for old in (p for p in folder.rglob("*.safetensors")):
+            old.unlink()
+        _copy(out / "reference.safetensors", folder / "reference.safetensors")
+        for name in ("summary.json", "answers.parquet", "metrics.parquet"):
+            _copy(out / name, folder / "drift" / name)
+        for path in sorted((out / "policies").glob("*.safetensors")):
+            _copy(path, folder / "drift" / path.name.replace("step_", "policy_"))
+        for path in _around(sorted((out / "rollouts").glob("*")), summary["batch"]["step"]):
+            _copy(path, folder / "rollouts" / path.name)
+        _reward_models(run, folder, report)
+    return write_manifest(folder, seed=config.seed)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
+
+
+def _around(paths: list[Path], step: int) -> list[Path]:
+    at = [path.stem for path in paths].index(f"step_{step:03d}")
+    first = min(max(at - BATCHES // 2, 0), max(len(paths) - BATCHES, 0))
+    return paths[first : first + BATCHES]
+
+
+def _reward_models(run: Drift, folder: Path, report: Callable[..., None] | None) -> None:
+    """One reward model per dial, trained on the run's own pairs with labels drawn anew."""
+    pairs, config = run.preferences(), run.config
+    for done, dial in enumerate(DIALS):
+        labels = replace(config.preferences, length_bias=dial)
+        rng = np.random.default_rng(run.stream(f"labels {dial}"))
+        model = RewardModel(copy.deepcopy(run.reference))
+        given = relabel(pairs, labels, rng).train
+        default = dial == config.preferences.length_bias
+        if default:
+            model = run.reward_model
+        else:
+            train_reward(model, given, config.reward, generator=run.generator("reward"))
+            seed = run.stream("audit")
+            Auditor(run.desk, run.reference, model, config.audit, seed=seed).calibrate()
+        scale = {"mean": float(model.mean), "sd": float(model.sd)}
+        path = folder / f"reward_bias_{round(1000 * dial):03d}.safetensors"
+        print_ = run.vocabulary.fingerprint
+        save_model(path, model.trunk, vocabulary=print_, scale=scale, length_bias=dial)
+        if report:
+            report("dials", done + 1, len(DIALS), {"length bias": dial})
+
+
+def write_manifest(folder: Path, *, seed: int) -> dict[str, Any]:
+    """MANIFEST.json of every file below `folder`, itself left out."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name in ("MANIFEST.json",) or name.startswith("."):
+            continue
+        made = {"desk.toml": "written by hand", "seeds.json": "minirlhf seeds"}.get(name, COMMAND)
+        size = path.stat().st_size
+        files[name] = {"sha256": sha256(path), "bytes": size, "seed": seed, "command": made}
+    manifest = {"files": files}
+    write_json(folder / "MANIFEST.json", manifest)
+    return manifest
