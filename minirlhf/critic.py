@@ -14,17 +14,17 @@ import torch
 from minirlhf.model import response_states
 from minirlhf.ppo import PPO
 
-RIDGE = 1e-3  # of the states' mean square: they are normalised, so one value fits every size
+RIDGE = 3e-4  # of the states' mean square: they are normalised, so one value fits every size
 
 
 @torch.no_grad()
-def fit_critic(run: PPO, *, batches: int = 4) -> float:
+def fit_critic(run: PPO, *, batches: int = 6) -> float:
     """Set the scalar head of run.policy; returns the share of the returns' variance it explains.
 
     Draws `batches` rollouts from `run` (its generator moves on) and learns from none of them.
     The returns are the undiscounted sums of the rewards still to come, in reward sd.
     """
-    states, returns = [], []
+    states, returns, weights = [], [], []
     for _ in range(batches):
         rollout, _ = run.rollout()
         assert rollout.rewards is not None
@@ -32,11 +32,15 @@ def fit_critic(run: PPO, *, batches: int = 4) -> float:
         states.append(response_states(run.policy, *given).cpu().double())
         to_come = rollout.rewards.flip(1).cumsum(1).flip(1)
         returns.append(to_come[rollout.mask].cpu().double())
-    x, y = torch.cat(states), torch.cat(returns)
+        share = 1 / rollout.lengths[:, None].expand_as(rollout.mask)  # an answer counts once,
+        weights.append(share[rollout.mask].cpu().double())  # else long ones decide the fit
+    x, y, w = torch.cat(states), torch.cat(returns), torch.cat(weights)
+    w = w / w.sum()
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ y)
+    gram = x.T @ (w[:, None] * x) + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
+    solution = torch.linalg.solve(gram, x.T @ (w * y))
     head = run.policy.scalar
-    head.weight.copy_(weights[:-1][None])
-    head.bias.copy_(weights[-1:])
-    return 1 - float(((x @ weights - y).square().mean() / y.var()).item())
+    head.weight.copy_(solution[:-1][None])
+    head.bias.copy_(solution[-1:])
+    spread = (w * (y - (w * y).sum()).square()).sum()
+    return 1 - float((w * (x @ solution - y).square()).sum() / spread)

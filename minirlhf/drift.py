@@ -66,9 +66,9 @@ class DriftConfig:
     """PPO steps"""
     prompts: int = 4000
     """customer prompts that PPO draws from"""
-    critic_batches: int = 4
+    critic_batches: int = 6
     """rollouts of the reference to which the critic is fitted before the first step"""
-    log_batches: tuple[int, ...] = (1, 5, 10, 15, 20, 30, 40)
+    log_batches: tuple[int, ...] = (1, 4, 6, 8, 10, 12, 14, 16, 18, 20, 30, 40)
     """PPO steps whose batch is kept"""
     sft: SFTConfig = field(default_factory=SFTConfig)
     preferences: PreferenceConfig = field(default_factory=PreferenceConfig)

@@ -38,11 +38,11 @@ class PreferenceConfig:
     """share of the pairs kept from training, in [0, 1)"""
     length_bias: float = 0.048
     """utility of one more token, in points; gold charges 0.03 for a token of padding"""
-    hedge_bias: float = 0.27
+    hedge_bias: float = 0.3
     """utility of a hedge, in points; gold charges 0.1 for hedging"""
-    skim: float = 0.44
+    skim: float = 0.48
     """chance that a labeler did not check the facts and saw length and hedges only, in [0, 1]"""
-    temperature: float = 0.25
+    temperature: float = 0.23
     """label noise, in points: a gap this large is ranked right 73 % of the time"""
     sampled: float = 0.5
     """share of answers that come from the reference model, where one is given, in [0, 1]"""

@@ -52,7 +52,10 @@ def _batch(key: str) -> Callable[[Summary], float]:
 
 
 def _kl_contrast(s: Summary) -> float:
-    return s["batch"]["kl_verbose_nats"] - abs(s["batch"]["kl_concise_nats"])
+    """How far verbose answers are beyond concise ones: >= 1 if five times |concise| or 2 nats
+    above it."""
+    verbose, concise = s["batch"]["kl_verbose_nats"], abs(s["batch"]["kl_concise_nats"])
+    return max(verbose / (5 * concise + 1e-9), (verbose - concise) / 2)
 
 
 def _judge(key: str) -> Callable[[Summary], float]:
@@ -71,7 +74,7 @@ DRIFT = (
     Claim("KL, final (nats per answer)", lambda s: s["final"]["kl_nats"], low=4.0),
     Claim("batch: RM gap of one courtesy phrase (reward sd)", _batch("rm_gap_sd"), 1e-9, 0.6),
     Claim("batch: KL of verbose answers (nats)", _batch("kl_verbose_nats")),
-    Claim("batch: KL of verbose minus |KL of concise| (nats)", _kl_contrast, low=2.0),
+    Claim("batch: KL, verbose over 5 |concise|, or excess over 2 nats", _kl_contrast, low=1.0),
     Claim("batch: advantage, verbose", _batch("advantage_verbose"), low=1e-9),
     Claim("batch: advantage, concise", _batch("advantage_concise"), high=-1e-9),
     Claim("batch: verbose tokens with advantage > 0 (share)",
