@@ -13,7 +13,7 @@ import base64
 import html
 import io
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import ipywidgets as widgets
@@ -103,11 +103,14 @@ class LiveFigure:
 
 
 class Panel(widgets.VBox):
-    """A column of widgets: live where a kernel runs, a picture wherever none does.
+    """Dials over a live figure: live where a kernel runs, a picture wherever none does.
 
-    `still` returns PNG bytes and the text that stands for them; it is called when the panel is
-    shown. A new panel of the same `name` closes the one before it: widgets live in the kernel and
-    in the browser until they are closed, so running a cell again would pile them up.
+    `controls` are widgets by name. `move(**values)` gets their values at every turn, sets the
+    figure's artists and returns the alt text; it must be fast (a tenth of a second is felt) and
+    may run on another thread. `between` stands between the controls and the figure.
+
+    A new panel of the same `name` closes the one before it: widgets live in the kernel and in the
+    browser until they are closed, so running a cell again would pile them up.
     """
 
     _shown: ClassVar[dict[str, "Panel"]] = {}
@@ -115,27 +118,55 @@ class Panel(widgets.VBox):
     def __init__(
         self,
         name: str,
-        children: Sequence[widgets.Widget],
-        still: Callable[[], tuple[bytes, str]],
+        controls: Mapping[str, Any],
+        live: LiveFigure,
+        move: Callable[..., str],
+        between: Sequence[widgets.Widget] = (),
     ):
-        super().__init__(children)
-        self._still = still
+        super().__init__([*controls.values(), *between, live.view])
+        self.controls, self.live, self._move = dict(controls), live, move
+        for control in self.controls.values():
+            control.observe(self.update, "value")
+        self.update()
         if (previous := Panel._shown.get(name)) is not None:
             previous.close()
         Panel._shown[name] = self
 
+    def values(self) -> dict[str, Any]:
+        """What the controls say now, by name."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def update(self, _change: Any = None) -> None:
+        """Draw what the controls say; from any thread."""
+        with self.live.lock:
+            self.live.redraw(self._move(**self.values()))
+
+    def still(self) -> tuple[bytes, str]:
+        """PNG bytes and alt text of what the panel shows now."""
+        return self.live.data, self.live.alt
+
     def close(self) -> None:
         """Close the panel and everything in it."""
-        _close(self.children)
+        for child in self.children:
+            child.close()
         super().close()
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **options: Any) -> Any:
-        live = super()._repr_mimebundle_(include=include, exclude=exclude, **options)
-        data, notes = _bundle(*self._still())
-        return {**(live or {}), **data}, notes
+        shown = super()._repr_mimebundle_(include=include, exclude=exclude, **options)
+        with self.live.lock:
+            data, notes = _bundle(*self.still())
+        return {**(shown or {}), **data}, notes
 
 
-def _close(children: Sequence[widgets.Widget]) -> None:
-    for child in children:
-        _close(getattr(child, "children", ()))
-        child.close()
+def slider(
+    text: str, value: float, low: float, high: float, step: float
+) -> widgets.FloatSlider | widgets.IntSlider:
+    """A slider with its whole label; of whole numbers if `step` is one."""
+    make = widgets.IntSlider if isinstance(step, int) else widgets.FloatSlider
+    return make(value, min=low, max=high, step=step, description=text, **looks())
+
+
+def looks() -> dict[str, Any]:
+    """Style and layout of a control: labels are not cut, tracks are long enough to aim at."""
+    room = widgets.Layout(width="640px", max_width="100%")
+    return {"style": {"description_width": "130px"}, "layout": room}

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#AA4488"
 INK, GREY = "#222222", "#777777"
@@ -31,6 +31,12 @@ SEEN_BY_AUDITOR = {
     "direct_rate": ("direct answers", "share", "higher is better"),
     "length_tokens": ("length", "tokens per answer", "as short as the question allows"),
     "evasion_rate": ("evasive answers", "share", "lower is better"),
+}
+BIASES = {
+    "longer answer won": "longer_wins",
+    "longer answer won,\nequally right and direct": "longer_wins_matched",
+    "hedging answer won": "hedged_wins",
+    "hedging answer won,\nequally right and direct": "hedged_wins_matched",
 }
 
 
@@ -99,8 +105,10 @@ def _measure(ax: Axes, words: tuple[str, str, str]) -> None:
 def _limits(ax: Axes, key: str) -> None:
     """Lengths and shares start at 0: half the height is half the amount."""
     if key != "gold":
-        ax.set_ylim(0, max(ax.get_ylim()[1], 0.1))
+        ax.set_ylim(bottom=0)
     if key.endswith("_rate"):
+        ax.set_ylim(0, max(ax.get_ylim()[1], 0.2))
+        ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
@@ -120,20 +128,14 @@ def drift_caption(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def bias_figure(groups: Mapping[str, Mapping[str, float]]) -> Figure:
     """Raw-pair bias of one or more sets of labels (`preferences.raw_bias`), by name."""
-    rows = {
-        "longer answer won": "longer_wins",
-        "longer answer won,\nequally right and direct": "longer_wins_matched",
-        "hedging answer won": "hedged_wins",
-        "hedging answer won,\nequally right and direct": "hedged_wins_matched",
-    }
     figure = blank(9.5, 3.6)
     ax = tidy(figure.subplots(), x="share of labelled pairs (50 % = no preference)")
     ax.axvline(0.5, color=INK, lw=1.2)
     looks = zip(groups.items(), (VERMILLION, BLUE, GREEN, PURPLE), "osD^", strict=False)
     for (name, found), color, marker in looks:
-        shares = [found[key] for key in rows.values()]
-        ax.plot(shares, range(len(rows)), marker, color=color, ms=11, label=name)
-    ax.set_yticks(range(len(rows)), list(rows), fontsize=12)
+        shares = [found[key] for key in BIASES.values()]
+        ax.plot(shares, range(len(BIASES)), marker, color=color, ms=11, label=name)
+    ax.set_yticks(range(len(BIASES)), list(BIASES), fontsize=12)
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
     ax.margins(y=0.15)
@@ -219,6 +221,7 @@ def token_figure(words: Sequence[str], lines: Mapping[str, Sequence[float]], uni
     for (name, values), (color, ls, marker) in zip(lines.items(), styles, strict=False):
         ax.plot(values, color=color, ls=ls, marker=marker, lw=2, label=name)
     ax.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=11)
+    ax.set_ylim(bottom=0)
     figure.legend(loc="outside upper left", ncols=len(lines), fontsize=12, frameon=False)
     peaks = (f"{n} peaks at {words[int(np.argmax(v))]!r}" for n, v in lines.items())
     figure.set_label(f"{unit}: " + "; ".join(peaks) + ".")
@@ -242,4 +245,23 @@ def attention_figure(weights: np.ndarray, words: Sequence[str], titles: Sequence
         for t, h in zip(titles, weights, strict=True)
     )
     figure.set_label("Where the last word looks. " + "; ".join(strongest) + ".")
+    return figure
+
+
+def seeds_figure(rows: Sequence[Mapping[str, Any]], arm: str = "drift") -> Figure:
+    """Claims over seeds (`seeds.table`): range, 95 % interval and mean, one axis a claim."""
+    rows = [row for row in rows if row["arm"] == arm]
+    figure = blank(9.5, 0.55 * len(rows) + 0.6)
+    axes = np.ravel(figure.subplots(len(rows), 1))
+    for ax, row in zip(axes, rows, strict=True):
+        ax.plot([row["least"], row["most"]], [0, 0], color=GREY, lw=1.5)
+        ax.plot([row["low"], row["high"]], [0, 0], color=BLUE, lw=7, solid_capstyle="butt")
+        ax.plot(row["mean"], 0, "D", color=INK, ms=7)
+        ax.set_yticks([0], [row["claim"]], fontsize=10)
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.margins(x=0.1, y=0.6)
+    held = (
+        f"{r['claim']}: {r['mean']:.{r['digits']}f}, held {r['held']}/{r['runs']}" for r in rows
+    )
+    figure.set_label("Means over seeds, 95 % intervals and ranges. " + "; ".join(held) + ".")
     return figure
