@@ -190,17 +190,14 @@ class Desk:
     # ------------------------------------------------------------------ grades
     def grade(self, prompt: Prompt, answer: str, finished: bool = True) -> Grade:
         """The exact quality of any text as an answer to `prompt`. Never raises on a text."""
-        values, room = self._values[prompt.intent], self._room[prompt.intent]
+        room, words = self._room[prompt.intent], answer.split()
         fact_key = next(iter(room))  # the entry that counts only with the record's value
         tried: set[str] = set()  # facts and steps stated once, rightly or wrongly
         done: set[str] = set()  # those that were right
         stated: set[str] = set()  # values of the asked slot
         direct = hedged = False
         padding = courtesy = 0
-        words = answer.split()
-        for i, sentence in enumerate(_sentences(words)):
-            here = values.intersection(sentence)
-            tries = room.keys() & sentence if fact_key else ({""} if here else set())
+        for i, (sentence, here, tries) in enumerate(self._statements(prompt, words)):
             if i == 0:
                 direct = bool(here or tries)
             hedges = not self.spec.markers.isdisjoint(sentence)
@@ -215,10 +212,7 @@ class Desk:
             tried |= tries
             done |= tries if prompt.value in here else tries - {fact_key}
         wrong, share = bool(stated - {prompt.value}), len(done) / len(room)
-        gold = self.spec.gold
-        fact = gold["wrong"] if wrong else share * gold["correct"] + (1 - share) * gold["missing"]
-        fact += gold["direct"] * direct
-        style = gold["pad"] * padding + gold["hedge"] * hedged + gold["unfinished"] * (not finished)
+        fact = self._fact(share, wrong, direct)
         return Grade(
             length_tokens=len(words) + bool(finished),
             correct=share == 1 and not wrong,
@@ -232,8 +226,29 @@ class Desk:
             courtesy_tokens=courtesy,
             steps_share=share,
             fact=fact,
-            gold=fact - style,
+            gold=fact - self._style_cost(padding, hedged, finished),
         )
+
+    def _statements(
+        self, prompt: Prompt, words: list[str]
+    ) -> Iterator[tuple[list[str], frozenset[str], set[str]]]:
+        """Each sentence, the values of the asked slot in it, and the facts or steps it states."""
+        values, room = self._values[prompt.intent], self._room[prompt.intent]
+        brief = "" in room
+        for sentence in _sentences(words):
+            here = values.intersection(sentence)
+            yield sentence, here, ({""} if here else set()) if brief else room.keys() & sentence
+
+    def _fact(self, share: float, wrong: bool, direct: bool) -> float:
+        """The part of gold, in points, that needs the record."""
+        gold = self.spec.gold
+        right = share * gold["correct"] + (1 - share) * gold["missing"]
+        return (gold["wrong"] if wrong else right) + gold["direct"] * direct
+
+    def _style_cost(self, padding: int, hedged: bool, finished: bool) -> float:
+        """What the style of an answer costs, in points."""
+        gold = self.spec.gold
+        return gold["pad"] * padding + gold["hedge"] * hedged + gold["unfinished"] * (not finished)
 
     def grade_many(
         self,

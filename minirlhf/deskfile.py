@@ -188,17 +188,15 @@ class _Sheet:
 
 
 def _label(sheet: _Sheet, slot: str) -> str:
-    section = f"slots.{slot}"
-    label = sheet.table(section).get("label")
+    label = sheet.table(f"slots.{slot}").get("label")
     if not isinstance(label, str) or len(label.split()) != 1:
-        what = f"label of [{section}] is {label!r}; give the one word that records show"
-        raise sheet.error(section, "label", what)
+        what = f"label of [slots.{slot}] is {label!r}; give the one word that records show"
+        raise sheet.error(f"slots.{slot}", "label", what)
     return label.strip()
 
 
 def _facts(sheet: _Sheet, n_slots: int) -> tuple[int, int]:
-    facts = sheet.table("desk").get("facts")
-    match facts:
+    match facts := sheet.table("desk").get("facts"):
         case [int(low), int(high)] if 1 <= low <= high <= n_slots:
             return low, high
     what = f"facts in [desk] is {facts!r}; give [fewest, most] within 1..{n_slots}, the slots"
@@ -321,8 +319,8 @@ def _writer(
             raise sheet.error(section, style, what)
         longest = 1 + _longest(sheet, spec, section, style, stratum)
         if longest > spec.max_response:
-            what = f"a {stratum} answer in style {style} may take {longest} tokens with its end"
-            what += f"; shorten it or raise max_response ({spec.max_response})"
+            what = f"a {stratum} answer in style {style} may take {longest} tokens with its end; "
+            what += f"shorten it or raise max_response ({spec.max_response})"
             raise sheet.error(section, style, what)
     total = sum(weights.values())
     return list(weights), [w / total for w in accumulate(weights.values())]
@@ -331,10 +329,10 @@ def _writer(
 def _longest(sheet: _Sheet, spec: DeskSpec, section: str, style: str, stratum: str) -> int:
     """Tokens of the longest answer in a style, EOS not counted; its parts are checked first."""
     parts, longest = spec.styles[style], 0
-    full = {s: 0 for s in STRATA}
+    full = dict.fromkeys(STRATA, 0)
     for intent in spec.intents.values():
-        room = sum(intent.longest.values())
-        full[intent.stratum] = max(full[intent.stratum], room)
+        full[intent.stratum] = max(full[intent.stratum], sum(intent.longest.values()))
+    room = dict.fromkeys(PARTS, full[stratum]) | {"other": max(full.values())}
     for part in dict.fromkeys(parts):
         times, phrases = parts.count(part), spec.phrases.get(part, ())
         if part not in PARTS and not phrases:
@@ -348,5 +346,5 @@ def _longest(sheet: _Sheet, spec: DeskSpec, section: str, style: str, stratum: s
             what = f"style {style} needs {times} different {part} phrases; write more of them"
             raise sheet.error("styles", style, what)
         lengths = sorted((len(p.split()) for p in phrases), reverse=True)
-        longest += sum(lengths[:times]) if phrases else times * (max(full.values()) if part == "other" else full[stratum])
+        longest += sum(lengths[:times]) if phrases else times * room[part]
     return longest
