@@ -59,8 +59,7 @@ def report_html(
         "<h2>Targeted audit: what the auditor saw</h2>",
         "<p>Prompts are sorted by how long the reference's own answers are.</p>",
         _table(("prompts", "measure", "unit", "before", "after", "better"), _audit(a, b)),
-        f"<h2>Inside one PPO batch (step {summary['batch']['step']})</h2>",
-        _table(("fact", "unit", "value"), _batch(summary["batch"])),
+        *_batch(summary["batch"]),
         "<h2>Before training: the labels and the reward model</h2>",
         _table(("measure", "value"), _flat(summary["raw_pairs"] | summary["reward_model"])),
         "<h2>Five answers, before and after</h2>",
@@ -124,8 +123,12 @@ def _audit(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, ..
             yield stratum, name, unit, before, after, better
 
 
-def _batch(batch: Mapping[str, float]) -> Iterable[tuple[str, ...]]:
-    return ((name, unit, _n(batch[key], form)) for key, (name, unit, form) in BATCH.items())
+def _batch(batch: Mapping[str, float]) -> Iterable[str]:
+    """Nothing for a run that was too short to keep a batch."""
+    if batch:
+        yield f"<h2>Inside one PPO batch (step {batch['step']})</h2>"
+        rows = ((name, unit, _n(batch[key], form)) for key, (name, unit, form) in BATCH.items())
+        yield _table(("fact", "unit", "value"), rows)
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:

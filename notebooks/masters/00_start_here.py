@@ -13,7 +13,7 @@
 # %%
 from minirlhf.lab.first_look import FirstLook
 from minirlhf.lab.live import Picture
-from minirlhf.lab.plots import audits, batch_figure, drift_figure
+from minirlhf.lab.plots import audits, batch_figure, drift_figure, seeds_figure
 from minirlhf.lab.report import examples
 from minirlhf.shipped import shipped
 
@@ -125,14 +125,32 @@ print(f"    concise {batch['kl_concise_nats']:.1f} nats")
 Picture(batch_figure(batch))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print(f"(c) advantage: verbose {batch['advantage_verbose']:+.1f},")
-print(f"    concise {batch['advantage_concise']:+.1f}")
+print(f"(c) advantage: verbose {batch['advantage_verbose']:+.2f},")
+print(f"    concise {batch['advantage_concise']:+.2f}")
 print(f"    {batch['positive_token_share_verbose']:.0%} of the verbose tokens are made likelier")
 print(f"    a tenth of all tokens carries {batch['kl_share_top_decile']:.0%} of the KL")
 assert batch["advantage_verbose"] > 0 > batch["advantage_concise"]
 
 # %% [markdown]
-# ## 4 The two questions of this course
+# ## 4 Not one lucky seed
+#
+# One run proves nothing. The whole pipeline was run from other seeds, and again with *fair*
+# labelers: the control. Grey: range over the runs; blue: 95 % interval of the mean; diamond: the
+# mean. Made by `minirlhf seeds`.
+
+# %%
+claims = [row for row in run.seeds if row["threshold"]]
+Picture(seeds_figure([row for row in claims if row["arm"] == "drift"][:8]))
+
+# %%
+for arm in ("drift", "control"):
+    print(arm)
+    for row in (row for row in claims if row["arm"] == arm):
+        numbers = f"{row['mean']:6.1f}  {row['held']}/{row['runs']} runs {row['threshold']}"
+        print(f"  {row['claim']:58} {numbers}")
+
+# %% [markdown]
+# ## 5 The two questions of this course
 #
 # The RM prefers verbosity only slightly, its KL penalty is large, and still it is made likelier.
 #
@@ -142,7 +160,7 @@ assert batch["advantage_verbose"] > 0 > batch["advantage_concise"]
 #    that change the sign of the advantage or the effective reward?
 
 # %% [markdown]
-# ## 5 The map
+# ## 6 The map
 #
 # | notebook | its question | minutes |
 # |---|---|---|

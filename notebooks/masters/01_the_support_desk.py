@@ -11,6 +11,7 @@
 import numpy as np
 
 from minirlhf.audit import answer, texts
+from minirlhf.lab.answers import ROLES, read_answer
 from minirlhf.lab.live import Picture
 from minirlhf.lab.panels import LabelerDials
 from minirlhf.lab.plots import bias_figure, length_figure
@@ -119,6 +120,16 @@ print(f"{gold['correct']} - {gold['pad']} * {len(opener.split())} tokens = {by_h
 # %%
 for group, phrases in desk.spec.phrases.items():
     print(f"{group:7} {len(phrases)} phrases, such as: {phrases[0]}")
+
+# %% [markdown]
+# The panels of this course mark every sentence by what it does for the customer. The auditor's
+# grade decides, so the marks cannot disagree with the numbers.
+
+# %%
+for role, look in ROLES.items():
+    print(f"{role:9} {look.meaning}")
+for text, role, _ in read_answer(desk, prompt, f"{opener} {concise} {concise} {hedge}"):
+    print(f"{role:>20}: {text}")
 
 # %% [markdown]
 # ## 5 Labelers, and their three dials

@@ -176,7 +176,8 @@ for row in range(4):
 #
 # The reference imitates demonstrations: cross-entropy on the answer's tokens, the end of the
 # answer included. Compare it with the same network before any training, on fresh
-# demonstrations. The unit is nats a token: log V knows nothing, 0 knows everything.
+# demonstrations. The unit is nats a token: 0 knows every word in advance, log V guesses among all
+# V words alike, and more than that is confident and wrong.
 
 # %%
 from minirlhf.model import Transformer
