@@ -14,7 +14,7 @@ import torch
 from minirlhf.model import response_states
 from minirlhf.ppo import PPO
 
-RIDGE = 3e-4  # of the states' mean square: they are normalised, so one value fits every size
+RIDGE = 0.1  # of the states' mean square: they are normalised, so one value fits every size
 
 
 @torch.no_grad()

@@ -361,13 +361,13 @@ class Drift:
 
 
 def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The kept batch in which verbose and concise answers to brief prompts are most even."""
+    """The first kept batch with two verbose answers to brief prompts for every concise one.
 
-    def unevenness(facts: dict[str, Any]) -> float:
-        total = facts["n_verbose"] + facts["n_concise"]
-        return abs(facts["n_verbose"] / total - 0.5) if total else 1.0
-
-    return min(batches, key=unevenness) if batches else {}
+    By then the policy has moved, and concise answers are still there to compare with. A run that
+    never gets there gives its last kept batch, one that kept none an empty dict.
+    """
+    there = (b for b in batches if b["n_verbose"] >= 2 * b["n_concise"] > 0)
+    return next(there, batches[-1] if batches else {})
 
 
 @torch.no_grad()

@@ -32,17 +32,17 @@ Sampler = Callable[[Sequence[Prompt]], Sequence[str]]  # one answer a prompt
 class PreferenceConfig:
     """How many pairs are labelled, and by whom. Utilities are in gold points."""
 
-    pairs: int = 10_000
+    pairs: int = 12_000
     """labelled pairs in all, held-out ones included"""
     holdout: float = 0.1
     """share of the pairs kept from training, in [0, 1)"""
     length_bias: float = 0.048
     """utility of one more token, in points; gold charges 0.03 for a token of padding"""
-    hedge_bias: float = 0.3
+    hedge_bias: float = 0.32
     """utility of a hedge, in points; gold charges 0.1 for hedging"""
-    skim: float = 0.48
+    skim: float = 0.5
     """chance that a labeler did not check the facts and saw length and hedges only, in [0, 1]"""
-    temperature: float = 0.23
+    temperature: float = 0.18
     """label noise, in points: a gap this large is ranked right 73 % of the time"""
     sampled: float = 0.5
     """share of answers that come from the reference model, where one is given, in [0, 1]"""
