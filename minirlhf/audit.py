@@ -22,7 +22,8 @@ from torch import Tensor
 from minirlhf.desk import STRATA, Desk, Prompt
 from minirlhf.generate import generate
 from minirlhf.model import Transformer, response_logprobs
-from minirlhf.reward import RewardModel
+from minirlhf.preferences import bayes_ceiling, gold_ceiling
+from minirlhf.reward import RewardModel, ranking_accuracy, score_pairs
 from minirlhf.rollout import Rollout
 from minirlhf.text import right_pad
 
@@ -189,3 +190,32 @@ def batch_facts(
 
 def _mean(x: np.ndarray) -> float:
     return float(np.mean(x)) if len(x) else float("nan")
+
+
+def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first kept batch with two verbose answers to brief prompts for every concise one.
+
+    By then the policy has moved, and concise answers are still there to compare with. A run that
+    never gets there gives its last kept batch, one that kept none an empty dict.
+    """
+    there = (b for b in batches if b["n_verbose"] >= 2 * b["n_concise"] > 0)
+    return next(there, batches[-1] if batches else {})
+
+
+@torch.no_grad()
+def judge(model: RewardModel, heldout: Any) -> dict[str, float]:
+    """Accuracy on held-out labels, its Bayes ceiling, the ruler null, and accuracy against gold.
+
+    The null ranks by length alone; gold accuracy counts the pairs whose gold differs.
+    """
+    chosen, rejected = (s.cpu().numpy() for s in score_pairs(model, heldout))
+    gold = heldout.gold_chosen - heldout.gold_rejected
+    differs = np.abs(gold) > 1e-9
+    longer = np.sign(heldout.length_chosen - heldout.length_rejected)
+    return {
+        "heldout_accuracy": ranking_accuracy(model, heldout),
+        "bayes_ceiling": bayes_ceiling(heldout),
+        "gold_ceiling": gold_ceiling(heldout),
+        "length_ruler_accuracy": float(((longer + 1) / 2).mean()),
+        "gold_accuracy": float((((chosen - rejected) * gold) > 0)[differs].mean()),
+    }

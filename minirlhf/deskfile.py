@@ -329,7 +329,7 @@ def _writer(
 def _longest(sheet: _Sheet, spec: DeskSpec, section: str, style: str, stratum: str) -> int:
     """Tokens of the longest answer in a style, EOS not counted; its parts are checked first."""
     parts, longest = spec.styles[style], 0
-    full = dict.fromkeys(STRATA, 0)
+    full: dict[str, int] = dict.fromkeys(STRATA, 0)
     for intent in spec.intents.values():
         full[intent.stratum] = max(full[intent.stratum], sum(intent.longest.values()))
     room = dict.fromkeys(PARTS, full[stratum]) | {"other": max(full.values())}

@@ -15,7 +15,7 @@ import copy
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf.audit import AuditConfig, Auditor, answer, batch_facts, texts
+from minirlhf.audit import Auditor, answer, batch_facts, judge, mid_run, texts
 from minirlhf.critic import fit_critic
 from minirlhf.desk import Desk, Prompt
+from minirlhf.drift_config import DriftConfig
 from minirlhf.model import Transformer, TransformerConfig
-from minirlhf.ppo import PPO, PPOConfig
-from minirlhf.preferences import (
-    PreferenceConfig,
-    PreferenceData,
-    bayes_ceiling,
-    gold_ceiling,
-    make_pairs,
-    raw_bias,
-)
-from minirlhf.reward import RewardConfig, RewardModel, ranking_accuracy, score_pairs, train_reward
+from minirlhf.ppo import PPO
+from minirlhf.preferences import PreferenceData, make_pairs, raw_bias
+from minirlhf.reward import RewardModel, train_reward
 from minirlhf.rollout import Rollout
-from minirlhf.sft import SFTConfig, train_sft
+from minirlhf.sft import train_sft
 from minirlhf.store import (
     StoreError,
     build_model,
@@ -54,52 +48,6 @@ from minirlhf.text import right_pad
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 STAGES = ("sft", "preferences", "reward", "ppo", "audit")
-
-
-@dataclass(frozen=True)
-class DriftConfig:
-    """A run from nothing to the audited drift."""
-
-    seed: int = 0
-    """decides every random draw"""
-    steps: int = 80
-    """PPO steps"""
-    prompts: int = 4000
-    """customer prompts that PPO draws from"""
-    critic_batches: int = 6
-    """rollouts of the reference to which the critic is fitted before the first step"""
-    log_batches: tuple[int, ...] = (1, 4, 6, 8, 10, 12, 14, 16, 18, 20, 30, 40)
-    """PPO steps whose batch is kept"""
-    sft: SFTConfig = field(default_factory=SFTConfig)
-    preferences: PreferenceConfig = field(default_factory=PreferenceConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    audit: AuditConfig = field(default_factory=AuditConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "prompts", "critic_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0")
-
-    def quick(self) -> "DriftConfig":
-        """The same run made small: seconds instead of a minute, for a look and for tests."""
-        return replace(
-            self,
-            steps=min(self.steps, 6),
-            prompts=min(self.prompts, 400),
-            log_batches=(1, 3, 5),
-            sft=replace(self.sft, demonstrations=600, steps=60),
-            preferences=replace(self.preferences, pairs=600),
-            reward=replace(self.reward, epochs=1),
-            audit=replace(self.audit, every=3, probes=64, reference_samples=2),
-        )
-
-    def control(self) -> "DriftConfig":
-        """The control arm: the same run with labelers who check every fact and have no bias."""
-        fair = replace(self.preferences, length_bias=0.0, hedge_bias=0.0, skim=0.0)
-        return replace(self, preferences=fair)
 
 
 class Drift:
@@ -119,6 +67,11 @@ class Drift:
         self.config, self.out, self.progress = config, out, progress
         self.device, self.desk = torch.device(device), desk or Desk.load()
         self.vocabulary = self.desk.vocabulary
+        if config.ppo.max_new_tokens > self.desk.max_response:
+            raise ValueError(  # the context is as long as a prompt and max_response
+                f"ppo.max_new_tokens is {config.ppo.max_new_tokens}, but the desk's answers end at "
+                f"{self.desk.max_response} tokens; lower it, or raise max_response in desk.toml"
+            )
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.history: list[dict[str, Any]] = []
         self.metrics: list[dict[str, float]] = []
@@ -191,10 +144,13 @@ class Drift:
         responses, mask = right_pad([[*i, desk.vocabulary.eos] for i in ids], desk.max_response)
         size = TransformerConfig(len(desk.vocabulary), desk.prompt_width + desk.max_response)
         model = Transformer(size, generator=self.generator("weights")).to(self.device)
-        data = [t.to(self.device) for t in (desk.encode(prompts), responses, mask)]
+        given = (desk.encode(prompts), responses, mask)
+        asked, said, kept = (t.to(self.device) for t in given)
         train_sft(
             model,
-            *data,
+            asked,
+            said,
+            kept,
             self.config.sft,
             generator=self.generator("sft"),
             progress=self._report("sft"),
@@ -358,35 +314,6 @@ class Drift:
                 "batches": self.batches,
             }
         )
-
-
-def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first kept batch with two verbose answers to brief prompts for every concise one.
-
-    By then the policy has moved, and concise answers are still there to compare with. A run that
-    never gets there gives its last kept batch, one that kept none an empty dict.
-    """
-    there = (b for b in batches if b["n_verbose"] >= 2 * b["n_concise"] > 0)
-    return next(there, batches[-1] if batches else {})
-
-
-@torch.no_grad()
-def judge(model: RewardModel, heldout: Any) -> dict[str, float]:
-    """Accuracy on held-out labels, its Bayes ceiling, the ruler null, and accuracy against gold.
-
-    The null ranks by length alone; gold accuracy counts the pairs whose gold differs.
-    """
-    chosen, rejected = (s.cpu().numpy() for s in score_pairs(model, heldout))
-    gold = heldout.gold_chosen - heldout.gold_rejected
-    differs = np.abs(gold) > 1e-9
-    longer = np.sign(heldout.length_chosen - heldout.length_rejected)
-    return {
-        "heldout_accuracy": ranking_accuracy(model, heldout),
-        "bayes_ceiling": bayes_ceiling(heldout),
-        "gold_ceiling": gold_ceiling(heldout),
-        "length_ruler_accuracy": float(((longer + 1) / 2).mean()),
-        "gold_accuracy": float((((chosen - rejected) * gold) > 0)[differs].mean()),
-    }
 
 
 def reward_from(
