@@ -127,7 +127,7 @@ def price_and_credit(rollout: Rollout, config: PPOConfig, beta: float) -> dict[s
     )
     scores = rollout.scores
     if config.whiten_rewards == "scores":
-        scores = whiten(scores, torch.ones_like(scores, dtype=torch.bool), shift_mean=False)
+        scores = rescale(scores, torch.ones_like(scores, dtype=torch.bool))
     charged = beta if config.kl_place == "reward" else 0.0
     rewards = shape_rewards(scores, kl, mask, beta=charged)
     if config.whiten_rewards == "rewards":
