@@ -160,7 +160,7 @@ def test_first_look_fits_a_small_screen():
     assert height <= 640
     # two controls, the text of fixed height, the figure: CSS pixels
     figure = look.live._canvas.figure
-    assert 2 * 32 + (20 + 20 + 190 + 20 + 8) + figure.get_figheight() * 100 < 600
+    assert 2 * 32 + (20 + 20 + 180 + 40 + 8) + figure.get_figheight() * 100 < 600
 
 
 def test_first_look_refuses_the_answers_of_another_desk():

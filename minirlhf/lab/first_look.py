@@ -72,10 +72,10 @@ class FirstLook(Panel):
         parts: Any = figure.subfigures(2, 1, height_ratios=(3.7, 2.5))
         asked = f"customer: {_plain(self.shown['now'])}"
         parts[0].suptitle(asked, fontsize=11, x=0.01, ha="left")
-        rows = zip(parts[0].subplots(1, 2), self.shown.values(), self._said(probe), strict=True)
-        for ax, row, said in rows:
+        rows = zip(parts[0].subplots(1, 2), self.shown.items(), self._said(probe), strict=True)
+        for ax, (name, row), said in rows:
             draw_answer(ax, said, columns=46, lines=11)
-            ax.set_title(_head(row), fontsize=11, weight="bold", loc="left")
+            ax.set_title(_head(name, row), fontsize=11, weight="bold", loc="left")
             ax.text(0, 11.9, _numbers(row), fontsize=10)
         _move(_draw_curves(parts[1], self._entries), self._entries, step)
         return png(figure), self.live.alt
@@ -115,8 +115,9 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{_plain(row).split(' . ', 1)[-1]} ({row['stratum']})"
 
 
-def _head(row: Mapping[str, Any]) -> str:
-    return "before: the reference" if row["step"] == 0 else f"now: the policy at step {row['step']}"
+def _head(name: str, row: Mapping[str, Any]) -> str:
+    who = "the reference" if name == "before" else f"the policy at step {row['step']}"
+    return f"{name}: {who}"
 
 
 def _numbers(row: Mapping[str, Any]) -> str:
@@ -140,10 +141,10 @@ def _sentence(row: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
 def _text_html(shown: Mapping[str, Mapping[str, Any]], said: list[list[Sentence]]) -> str:
     """Prompt and both answers side by side; of fixed height, so that nothing below jumps."""
     columns = "".join(
-        f'<div style="flex:1;min-width:0"><b>{_head(row)}</b>'
-        f'<div style="height:190px;overflow-y:auto">{answer_html(part, finished=row["finished"])}'
-        f"</div>{html.escape(_numbers(row))}</div>"
-        for row, part in zip(shown.values(), said, strict=True)
+        f'<div style="flex:1;min-width:0"><b>{_head(name, row)}</b>'
+        f'<div style="height:180px;overflow-y:auto">{answer_html(part, finished=row["finished"])}'
+        f'</div><div style="height:40px">{html.escape(_numbers(row))}</div></div>'
+        for (name, row), part in zip(shown.items(), said, strict=True)
     )
     return (
         f'<div style="max-width:{WIDTH}px;background:#fff;color:#111;padding:4px 8px;'

@@ -11,6 +11,8 @@
 # training run that ships with the course (`minirlhf drift` makes another one)
 
 # %%
+from textwrap import fill
+
 from minirlhf.lab.first_look import FirstLook
 from minirlhf.lab.live import Picture
 from minirlhf.lab.plots import audits, batch_figure, drift_figure, seeds_figure
@@ -44,14 +46,16 @@ for entry in entries:
 # Write both down. Then run the next cell.
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 Picture(drift_figure(run.summary))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 print("prompts    measure          reference  final")
 for stratum in ("brief", "detailed"):
     for key, unit in (("gold", "points"), ("length_tokens", "tokens")):
         a, b = (entry[stratum][key] for entry in (entries[0], entries[-1]))
-        print(f"{stratum:9}  {key:13}  {a:+9.1f}  {b:+6.1f} {unit}")
+        print(f"{stratum:9}  {key:13}  {a:9.1f}  {b:6.1f} {unit}")
     for key in ("direct_rate", "evasion_rate"):
         a, b = (entry[stratum][key] for entry in (entries[0], entries[-1]))
         print(f"{stratum:9}  {key:13}  {a:9.0%}  {b:6.0%}")
@@ -78,7 +82,9 @@ print("RM score up; gold down and length more than doubled on brief prompts")
 for before, after in examples(run.answers, count=3):
     print(f"customer: {before.prompt.removesuffix(' <sep>')}")
     for name, row in (("before", before), ("after", after)):
-        print(f"  {name:6} RM {row.rm_score_sd:+.1f}  gold {row.gold:+.1f}  {row.answer}")
+        numbers = f"RM {row.rm_score_sd:+.1f} sd, gold {row.gold:+.1f} points"
+        print(fill(f"{name}: {row.answer} ({numbers})", 90, subsequent_indent="    "))
+    print()
 
 # %% [markdown]
 # **Now drag.** Left the reference, right the policy at the training step of the slider. Each
@@ -122,9 +128,11 @@ print(f"    concise {batch['kl_concise_nats']:.1f} nats")
 # Is the mean advantage of the verbose answers positive or negative? And of the concise ones?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 Picture(batch_figure(batch))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 print(f"(c) advantage: verbose {batch['advantage_verbose']:+.2f},")
 print(f"    concise {batch['advantage_concise']:+.2f}")
 print(f"    {batch['positive_token_share_verbose']:.0%} of the verbose tokens are made likelier")

@@ -95,6 +95,7 @@ print(prompt.text)
 print("\n".join(f"{i}: {text}" for i, text in enumerate(four)))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 for i, text in enumerate(four):
     g = desk.grade(prompt, text)
     flags = [n for n in ("correct", "wrong", "direct", "hedged", "evasive") if getattr(g, n)]
@@ -162,6 +163,7 @@ print(f"length_bias {config.length_bias}, hedge_bias {config.hedge_bias}, skim {
 # against answer 0?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 plain = desk.grade(prompt, four[0])
 for i in (1, 2):
     g = desk.grade(prompt, four[i])
@@ -196,6 +198,7 @@ for key, value in raw_bias(data.train).items():
 # the labels?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 dials = {"length_bias": 0.0, "hedge_bias": 0.0, "skim": 0.0}
 fair = PreferenceConfig(**run.summary["config"]["preferences"] | {"pairs": 3000} | dials)
 control = relabel(data, fair, np.random.default_rng(1))
@@ -203,6 +206,7 @@ groups = {"labelers of the course": raw_bias(data.train), "all dials 0": raw_bia
 Picture(bias_figure(groups))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 for name, found in groups.items():
     print(f"{name}: longer wins {found['longer_wins']:.0%}, equally right and direct")
     print(f"  {found['longer_wins_matched']:.0%}; hedging wins {found['hedged_wins']:.0%},")

@@ -78,6 +78,7 @@ print("a dozen lines, and the same logits as the library")
 # moment? Name it before you run the next cell: it shows the two heads that read it most.
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 words = f"{prompt.text} {said}".split()
 fact = words.index(prompt.value)  # on the record line
 at = len(words) - 1 - words[::-1].index(prompt.value)  # in the answer
@@ -88,6 +89,7 @@ heads = maps.flatten(0, 1)[best][:, :at, :at]
 Picture(attention_figure(heads.numpy(), words[:at], names))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 for name, i in zip(names, best, strict=True):
     print(f"{name}: {words[at - 1]!r} reads {seen.flatten()[i]:.1f} of {words[fact]!r}")
 print(f"then it says {vocabulary.words[int(logits[0, at - 1].argmax())]!r}")
@@ -114,6 +116,7 @@ print(f"at temperature 2, P({words[at]!r}) = {p:.2f}")
 # its *first word*, where many openings would do? Which of the two suffers more from heat?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 start = len(words) - len(said.split()) - 1  # the state before the answer's first word
 
 
@@ -127,9 +130,11 @@ heat = (0.5, 1.0, 2.0)
 Picture(bars_figure({f"first word, T = {t}": likely(start, t) for t in heat}, "probability"))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 Picture(bars_figure({f"the fact, T = {t}": likely(at - 1, t) for t in heat}, "probability"))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 for t in heat:
     one, two = (max(likely(where, t).values()) for where in (start, at - 1))
     print(f"T = {t}: likeliest first word {one:.2f}, likeliest fact {two:.2f}")
@@ -201,12 +206,14 @@ print(f"log V: {np.log(len(vocabulary)):.1f} nats")
 # **Predict.** Where in an answer are the forks?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 spoken = [*said.split(), "<eos>"]
 log_p = logits[0, start:].log_softmax(-1)
 entropy = -(log_p.exp() * log_p).sum(-1)  # one for each word of the answer, and its end
 Picture(token_figure(spoken, {"entropy before this word": entropy.tolist()}, "nats"))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 for word, nats in zip(spoken, entropy, strict=True):
     print(f"{word:10} {nats:.1f} nats")
 
@@ -220,6 +227,7 @@ for word, nats in zip(spoken, entropy, strict=True):
 # **Predict.** The reference's probability of stopping, and the final policy's.
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 probes = [p for p in desk.probes(256) if p.stratum == "brief"]
 rows = [[*vocabulary.encode(desk.concise(p)), vocabulary.eos] for p in probes]
 responses, mask = right_pad(rows, desk.max_response)
@@ -237,6 +245,7 @@ steps = [f"step {step}" for step in stops]
 Picture(token_figure(steps, {"P(stop)": list(stops.values())}, "probability"))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 for step, share in stops.items():
     print(f"step {step:3d}: stops with probability {share:.1f}")
 assert stops[run.steps[-1]] < stops[run.steps[0]] / 2
