@@ -46,6 +46,7 @@ def end_at(model: Transformer, eos_rate: float) -> Transformer:
     model.tokens.weight.mul_(0.02 / model.tokens.weight.std())  # near-uniform over the others
     model.final_norm.weight[0], model.final_norm.bias[0] = 0.0, 1.0
     model.tokens.weight[:, 0] = 0.0
+    model.tokens.weight[[EOS, PAD]] = 0.0
     model.tokens.weight[PAD, 0] = -20.0
     odds = math.log(eos_rate * words / (1 - eos_rate)) if eos_rate else -20.0
     model.tokens.weight[EOS, 0] = odds
