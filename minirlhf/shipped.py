@@ -10,7 +10,6 @@ other length-bias dials. MANIFEST.json lists every file with its sha256, seed an
 
 import copy
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from minirlhf.audit import Auditor
 from minirlhf.desk import Desk
-from minirlhf.drift import Drift, DriftConfig, reward_from
+from minirlhf.drift import Drift, DriftConfig, Progress, reward_from
 from minirlhf.model import Transformer
 from minirlhf.preferences import relabel
 from minirlhf.reward import RewardModel, train_reward
@@ -32,11 +31,14 @@ from minirlhf.store import (
     read_json,
     save_model,
     sha256,
+    write_atomic,
     write_json,
+    write_table,
 )
 
 COMMAND = "minirlhf data"
 DIALS = (0.0, 0.02, 0.035, 0.048, 0.065, 0.09)  # length bias, points per token; 0.048 is default
+OURS = ("reward_bias_*.safetensors", "drift/policy_*.safetensors", "rollouts/step_*.safetensors")
 BATCHES = 3  # the mid-run batch, the one before and the one after
 
 
@@ -106,7 +108,8 @@ class Shipped:
 
     def reward_model(self, dial: float | None = None) -> RewardModel:
         """The reward model of a length-bias dial (None: the default's), on its scale."""
-        dial = self.summary["config"]["preferences"]["length_bias"] if dial is None else dial
+        default: float = self.summary["config"]["preferences"]["length_bias"]
+        dial = default if dial is None else dial
         path = self.folder / f"reward_bias_{round(1000 * dial):03d}.safetensors"
         return reward_from(*load_tensors(path), self.desk.vocabulary.fingerprint, path)
 
@@ -126,32 +129,46 @@ def _numbers(folder: Path, prefix: str) -> list[int]:
 
 
 def build(
-    folder: Path, *, config: DriftConfig | None = None, report: Callable[..., None] | None = None
+    folder: Path, *, config: DriftConfig | None = None, report: Progress | None = None
 ) -> dict[str, Any]:
-    """Make all of data/ but desk.toml and seeds.json anew; the manifest. Raises StoreError."""
+    """Make all of data/ but desk.toml and seeds.json anew; the manifest.
+
+    What a file holds depends on the seed alone, so times are left out of it. Nothing in `folder`
+    changes before everything is made. Raises StoreError, DeskError or what training raises.
+    """
     config = config or DriftConfig()
     desk = Desk.load(folder / "desk.toml")
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch)
-        options = {"progress": report} if report else {}
-        run = Drift(config, out, desk=desk, **options)
+        out, made = Path(scratch) / "run", Path(scratch) / "data"
+        run = Drift(config, out, desk=desk, progress=report or (lambda *_: None))
         summary = run.run()
-        for old in (p for p in folder.rglob("*.safetensors")):
-            old.unlink()
-        _copy(out / "reference.safetensors", folder / "reference.safetensors")
-        for name in ("summary.json", "answers.parquet", "metrics.parquet"):
-            _copy(out / name, folder / "drift" / name)
+        write_json(made / "drift" / "summary.json", {**summary, "seconds": {}})
+        timeless = [{k: v for k, v in m.items() if "seconds" not in k} for m in run.metrics]
+        write_table(made / "drift" / "metrics.parquet", timeless)
+        write_table(made / "drift" / "answers.parquet", run.answers)
+        print_ = run.vocabulary.fingerprint
+        save_model(made / "reference.safetensors", run.reference, vocabulary=print_)
         for path in sorted((out / "policies").glob("*.safetensors")):
-            _copy(path, folder / "drift" / path.name.replace("step_", "policy_"))
+            _copy(path, made / "drift" / path.name.replace("step_", "policy_"))
         for path in _around(sorted((out / "rollouts").glob("*")), summary["batch"]["step"]):
-            _copy(path, folder / "rollouts" / path.name)
-        _reward_models(run, folder, report)
+            _copy(path, made / "rollouts" / path.name)
+        _reward_models(run, made, report)
+        _replace(made, folder)
     return write_manifest(folder, seed=config.seed)
 
 
 def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(source.read_bytes())
+    write_atomic(target, lambda path: path.write_bytes(source.read_bytes()))
+
+
+def _replace(made: Path, folder: Path) -> None:
+    """Put every made file in its place in `folder`; drop what an earlier build left there."""
+    new = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
+    for name in sorted(new):
+        _copy(made / name, folder / name)
+    for old in (path for pattern in OURS for path in folder.glob(pattern)):
+        if old.relative_to(folder) not in new:
+            old.unlink()
 
 
 def _around(paths: list[Path], step: int) -> list[Path]:
@@ -160,18 +177,17 @@ def _around(paths: list[Path], step: int) -> list[Path]:
     return paths[first : first + BATCHES]
 
 
-def _reward_models(run: Drift, folder: Path, report: Callable[..., None] | None) -> None:
+def _reward_models(run: Drift, folder: Path, report: Progress | None) -> None:
     """One reward model per dial, trained on the run's own pairs with labels drawn anew."""
     pairs, config = run.preferences(), run.config
     for done, dial in enumerate(DIALS):
         labels = replace(config.preferences, length_bias=dial)
         rng = np.random.default_rng(run.stream(f"labels {dial}"))
-        model = RewardModel(copy.deepcopy(run.reference))
-        given = relabel(pairs, labels, rng).train
-        default = dial == config.preferences.length_bias
-        if default:
+        if dial == config.preferences.length_bias:
             model = run.reward_model
         else:
+            model = RewardModel(copy.deepcopy(run.reference))
+            given = relabel(pairs, labels, rng).train
             train_reward(model, given, config.reward, generator=run.generator("reward"))
             seed = run.stream("audit")
             Auditor(run.desk, run.reference, model, config.audit, seed=seed).calibrate()
