@@ -9,7 +9,7 @@ Source: Henderson et al. (2018, arXiv 1709.06560) on why one seed shows nothing.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -109,9 +109,9 @@ def run_seeds(config: DriftConfig, seeds: Sequence[int], *, jobs: int) -> Iterat
     def job(arm: str, c: DriftConfig) -> Summary:
         return {"arm": arm, **run_one(c)}
 
-    yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(
-        delayed(job)(arm, c) for arm, c in wanted
-    )
+    calls = (delayed(job)(arm, c) for arm, c in wanted)
+    for summary in Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
+        yield cast(Summary, summary)
 
 
 def table(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
@@ -121,11 +121,9 @@ def table(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
         runs = sorted((s for s in summaries if s["arm"] == arm), key=lambda s: s["seed"])
         for claim in claims if runs else ():
             values = np.array([_number(claim.value, s) for s in runs])
-            low, high = _interval(values)
             held = int(((values >= claim.low) & (values <= claim.high)).sum())
             row = {"arm": arm, "claim": claim.name, "threshold": _threshold(claim)}
-            row |= {"mean": float(np.nanmean(values)), "low": low, "high": high}
-            row |= {"least": float(np.nanmin(values)), "most": float(np.nanmax(values))}
+            row |= _spread(values[np.isfinite(values)])
             rows.append(row | {"held": held, "runs": len(runs), "digits": claim.digits})
     return rows
 
@@ -133,16 +131,20 @@ def table(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
 def _number(value: Callable[[Summary], float], summary: Summary) -> float:
     try:
         found = value(summary)
-    except TypeError:  # a group without answers
+    except (KeyError, TypeError):  # no batch was kept, or a group without answers: None
         return np.nan
     return np.nan if found is None else found
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over seeds."""
+def _spread(values: np.ndarray) -> dict[str, float | None]:
+    """Mean, its 95 % percentile bootstrap interval, and range; None where no run has a value."""
+    if not len(values):
+        return dict.fromkeys(("mean", "low", "high", "least", "most"))
     rng = np.random.default_rng(0)
-    means = np.nanmean(rng.choice(values, (4000, len(values))), 1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    means = rng.choice(values, (4000, len(values))).mean(1)
+    low, high = (float(np.quantile(means, q)) for q in (0.025, 0.975))
+    least, most = float(values.min()), float(values.max())
+    return {"mean": float(values.mean()), "low": low, "high": high, "least": least, "most": most}
 
 
 def _threshold(claim: Claim) -> str:
@@ -168,7 +170,8 @@ def markdown(rows: Sequence[dict[str, Any]], command: str) -> str:
         for row in (r for r in rows if r["arm"] == arm):
             d = row["digits"]
             mean, low, high, least, most = (
-                f"{row[k]:.{d}f}" for k in ("mean", "low", "high", "least", "most")
+                "none" if row[k] is None else f"{row[k]:.{d}f}"
+                for k in ("mean", "low", "high", "least", "most")
             )
             held = f"{row['held']}/{row['runs']}" if row["threshold"] else ""
             cells = (row["claim"], row["threshold"], f"{mean} [{low}, {high}]")
