@@ -99,9 +99,9 @@ class Pairs:
 
     def to(self, device: torch.device) -> "Pairs":
         """The same pairs with their tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        return Pairs(**moved)
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) for k, v in columns.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def select(self, rows: np.ndarray) -> "Pairs":
         """The pairs of an index or boolean array [N]."""
