@@ -40,11 +40,11 @@ class AuditConfig:
     """reference answers per probe, by which its stratum is measured and scores are scaled"""
     brief_below: float = 14.0
     """a prompt is brief if the reference's answers average fewer tokens than this"""
-    phrase_tokens: int = 5
+    verbose_padding: int = 8
     """padding, in tokens, from which an answer counts as verbose in a batch"""
 
     def __post_init__(self) -> None:
-        for name in ("every", "probes", "reference_samples", "brief_below", "phrase_tokens"):
+        for name in ("every", "probes", "reference_samples", "brief_below", "verbose_padding"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"audit.{name} is {getattr(self, name)}; it must be positive")
 
@@ -158,14 +158,14 @@ def batch_facts(
 ) -> dict[str, float]:
     """The case's three facts in one PPO batch, for answers to prompts of one stratum.
 
-    Verbose answers carry at least `phrase_tokens` of padding, concise ones are correct and carry
+    Verbose answers carry at least `verbose_padding` of padding, concise ones are correct and carry
     none. KL is the log-ratio summed over an answer; the advantage is the mean over its tokens,
     averaged over answers; the share of KL is that of absolute log-ratios in the top tenth of the
     batch's tokens. A group without answers gives nan.
     """
     grades = grade(auditor.desk, prompts, rollout.responses, rollout.mask)
     here = np.array([prompt.stratum == stratum for prompt in prompts])
-    verbose = here & (grades["padding_tokens"] >= auditor.config.phrase_tokens)
+    verbose = here & (grades["padding_tokens"] >= auditor.config.verbose_padding)
     concise = here & (grades["padding_tokens"] == 0) & grades["correct"]
     assert rollout.advantages is not None
     mask, lengths = rollout.mask, rollout.lengths
@@ -193,13 +193,34 @@ def _mean(x: np.ndarray) -> float:
 
 
 def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first kept batch with two verbose answers to brief prompts for every concise one.
+    """The facts of three kept batches around the middle of the drift, pooled over their answers.
 
-    By then the policy has moved, and concise answers are still there to compare with. A run that
-    never gets there gives its last kept batch, one that kept none an empty dict.
+    The middle is the first kept batch with two verbose answers to brief prompts for every concise
+    one: the policy has moved by then, and there is something to compare with. One batch holds a
+    few dozen such answers, so that its signs are noisy; its two neighbours are taken with it.
+    `step` is the middle one. A run that never gets there gives its last batches.
     """
-    there = (b for b in batches if b["n_verbose"] >= 2 * b["n_concise"] > 0)
-    return next(there, batches[-1] if batches else {})
+    if not batches:
+        return {}
+    there = [i for i, b in enumerate(batches) if b["n_verbose"] >= 2 * b["n_concise"] > 0]
+    middle = there[0] if there else len(batches) - 1
+    around = batches[max(middle - 1, 0) : middle + 2]
+    pooled: dict[str, Any] = {"step": batches[middle]["step"]}
+    pooled["steps"] = [b["step"] for b in around]
+    for name in around[0].keys() - {"step"}:
+        values = np.array([np.nan if b[name] is None else b[name] for b in around], dtype=float)
+        if name in ("n_verbose", "n_concise"):
+            pooled[name] = int(values.sum())
+            continue
+        ends = (end for end in ("verbose", "concise") if end in name)
+        weights = np.array([b[f"n_{end}"] for end in ends for b in around] or [1.0] * len(around))
+        known = weights > 0
+        pooled[name] = (
+            float(np.average(values[known], weights=weights[known]))
+            if known.any()
+            else float("nan")
+        )
+    return pooled
 
 
 @torch.no_grad()

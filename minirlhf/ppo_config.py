@@ -27,7 +27,7 @@ class PPOConfig:
     """AdamW learning rate"""
     max_grad_norm: float = 1.0
     """gradient norm above which a step is scaled down"""
-    beta: float = 0.08
+    beta: float = 0.07
     """price of KL, reward sd per nat (the starting value if adaptive)"""
     kl_place: Literal["reward", "loss", "book_literal", "none"] = "reward"
     """where the penalty acts; book_literal differentiates the sampled log-ratio itself"""

@@ -36,7 +36,7 @@ class PreferenceConfig:
     """labelled pairs in all, held-out ones included"""
     holdout: float = 0.1
     """share of the pairs kept from training, in [0, 1)"""
-    length_bias: float = 0.048
+    length_bias: float = 0.0455
     """utility of one more token, in points; gold charges 0.03 for a token of padding"""
     hedge_bias: float = 0.32
     """utility of a hedge, in points; gold charges 0.1 for hedging"""

@@ -37,7 +37,7 @@ from minirlhf.store import (
 )
 
 COMMAND = "minirlhf data"
-DIALS = (0.0, 0.02, 0.035, 0.048, 0.065, 0.09)  # length bias, points per token; 0.048 is default
+DIALS = (0.0, 0.02, 0.035, 0.0455, 0.06, 0.08)  # length bias, points a token; 0.0455 is default
 OURS = ("reward_bias_*.safetensors", "drift/policy_*.safetensors", "rollouts/step_*.safetensors")
 BATCHES = 3  # the mid-run batch, the one before and the one after
 
@@ -110,7 +110,7 @@ class Shipped:
         """The reward model of a length-bias dial (None: the default's), on its scale."""
         default: float = self.summary["config"]["preferences"]["length_bias"]
         dial = default if dial is None else dial
-        path = self.folder / f"reward_bias_{round(1000 * dial):03d}.safetensors"
+        path = self.folder / f"reward_bias_{round(10_000 * dial):04d}.safetensors"
         return reward_from(*load_tensors(path), self.desk.vocabulary.fingerprint, path)
 
     def rollout(self, step: int) -> Rollout:
@@ -192,7 +192,7 @@ def _reward_models(run: Drift, folder: Path, report: Progress | None) -> None:
             seed = run.stream("audit")
             Auditor(run.desk, run.reference, model, config.audit, seed=seed).calibrate()
         scale = {"mean": float(model.mean), "sd": float(model.sd)}
-        path = folder / f"reward_bias_{round(1000 * dial):03d}.safetensors"
+        path = folder / f"reward_bias_{round(10_000 * dial):04d}.safetensors"
         print_ = run.vocabulary.fingerprint
         save_model(path, model.trunk, vocabulary=print_, scale=scale, length_bias=dial)
         if report:
