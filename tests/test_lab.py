@@ -81,8 +81,8 @@ def _luminance(color):
 
 
 def test_black_text_is_readable_on_every_tint():
-    for look in ROLES.values():
-        assert (_luminance(look.tint) + 0.05) / (_luminance("#111111") + 0.05) > 7  # WCAG AAA
+    for tint, *_ in ROLES.values():
+        assert (_luminance(tint) + 0.05) / (_luminance("#111111") + 0.05) > 7  # WCAG AAA
 
 
 # ------------------------------------------------------------------ figures
@@ -137,10 +137,10 @@ def every_figure():
     return {
         "drift": plots.drift_figure(summary()),
         "bias": plots.bias_figure({"labelers of the course": BIAS, "all dials 0": BIAS}),
-        "length": plots.length_figure({"reference": lengths, "policy": lengths}),
+        "length": plots.length_figure(lengths),
         "batch": plots.batch_figure(batch()),
         "bars": plots.bars_figure({"T = 1": {"wednesday": 0.7, "it": 0.3}}, "probability"),
-        "token": plots.token_figure(words, {"entropy": rng.random(len(words))}, "nats"),
+        "token": plots.token_figure(words, rng.random(len(words)), "entropy", "nats"),
         "attention": plots.attention_figure(weights, words, ["block 1, head 1", "block 2, head 4"]),
         "seeds": plots.seeds_figure([ROW, {**ROW, "arm": "control"}, ROW]),
     }

@@ -24,22 +24,14 @@ class Sentence(NamedTuple):
     value: str = ""
 
 
-class Look(NamedTuple):
-    """How a role is drawn; tints carry black text, edges are of the Okabe-Ito palette."""
-
-    tint: str
-    edge: str
-    css: str
-    meaning: str
-
-
+# role -> tint (carries black text), edge (Okabe-Ito), the edge's CSS style, meaning
 ROLES = {
-    "answers": Look("#D3E7F4", "#0072B2", "solid", "states the fact or a step, for the first time"),
-    "repeats": Look("#E9E9E9", "#555555", "dotted", "says again what was said"),
-    "courtesy": Look("#FCEBC8", "#E69F00", "dashed", "polite, and no answer"),
-    "hedges": Look("#F4DCE9", "#AA4488", "double", "takes back or leaves open"),
-    "wrong": Look("#F9D9C4", "#D55E00", "solid", "names another value than the record's"),
-    "other": Look("#FFFFFF", "#999999", "dotted", "anything else"),
+    "answers": ("#D3E7F4", "#0072B2", "solid", "states the fact or a step, for the first time"),
+    "repeats": ("#E9E9E9", "#555555", "dotted", "says again what was said"),
+    "courtesy": ("#FCEBC8", "#E69F00", "dashed", "polite, and no answer"),
+    "hedges": ("#F4DCE9", "#AA4488", "double", "takes back or leaves open"),
+    "wrong": ("#F9D9C4", "#D55E00", "solid", "names another value than the record's"),
+    "other": ("#FFFFFF", "#999999", "dotted", "anything else"),
 }
 
 
@@ -79,13 +71,13 @@ def answer_html(said: Sequence[Sentence], *, finished: bool = True) -> str:
     """Sentences as HTML rows, everything escaped; colours are opaque, for dark themes too."""
     rows = []
     for text, role, value in said:
-        look, words = ROLES[role], []
+        (tint, edge, css, _), words = ROLES[role], []
         for word in text.split():
             shown = html.escape(word)
             words.append(f"<b><u>{shown}</u></b>" if word == value else shown)
         rows.append(
-            f'<div style="background:{look.tint};color:#111;border-left:6px {look.css} '
-            f'{look.edge};padding:0 6px;margin:1px 0;line-height:20px">'
+            f'<div style="background:{tint};color:#111;border-left:6px {css} '
+            f'{edge};padding:0 6px;margin:1px 0;line-height:20px">'
             f'<span style="display:inline-block;width:66px;font-size:11px;font-weight:bold">'
             f"{role}</span>{' '.join(words)}</div>"
         )
@@ -99,13 +91,13 @@ def draw_answer(ax: Axes, said: Sequence[Sentence], *, columns: int, lines: int)
     ax.axis("off")
     at = 0
     for text, role, _ in said:
-        look = ROLES[role]
+        tint, edge, _, _ = ROLES[role]
         wrapped = textwrap.wrap(text, columns) or [""]
         if at + len(wrapped) > lines:
             ax.text(0, lines, "...", va="bottom", fontsize=10)
             return
-        ax.axhspan(at + 0.06, at + len(wrapped) - 0.06, facecolor=look.tint, edgecolor="none")
-        ax.plot([0, 0], [at + 0.06, at + len(wrapped) - 0.06], color=look.edge, lw=6)
+        ax.axhspan(at + 0.06, at + len(wrapped) - 0.06, facecolor=tint, edgecolor="none")
+        ax.plot([0, 0], [at + 0.06, at + len(wrapped) - 0.06], color=edge, lw=6)
         ax.text(0.02, at + 0.5, role, va="center", fontsize=9, weight="bold")
         for i, line in enumerate(wrapped):
             ax.text(0.2, at + i + 0.5, line, va="center", fontsize=9.5)

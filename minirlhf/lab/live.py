@@ -45,16 +45,11 @@ def _png(image: Image.Image, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def base64_text(data: bytes) -> str:
-    """Bytes as text for a data: address or a notebook's output."""
-    return base64.b64encode(data).decode("ascii")
-
-
 def image_tag(data: bytes, alt: str, width: int) -> str:
     """PNG bytes as an <img> with alt text, `width` CSS pixels wide or as wide as there is room."""
     return (
         f'<img alt="{html.escape(alt, quote=True)}" style="width:{width}px;max-width:100%;'
-        f'height:auto" src="data:image/png;base64,{base64_text(data)}">'
+        f'height:auto" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
     )
 
 
@@ -72,7 +67,8 @@ class Picture:
 
 
 def _bundle(data: bytes, alt: str) -> tuple[dict, dict]:
-    return {"image/png": base64_text(data), "text/plain": alt}, {"image/png": {"alt": alt}}
+    picture = {"image/png": base64.b64encode(data).decode(), "text/plain": alt}
+    return picture, {"image/png": {"alt": alt}}
 
 
 class LiveFigure:
@@ -163,12 +159,16 @@ class Panel(widgets.VBox):
         return {**(shown or {}), **data}, notes
 
 
-def slider(
-    text: str, value: float, low: float, high: float, step: float
-) -> widgets.FloatSlider | widgets.IntSlider:
-    """A slider with its whole label; of whole numbers if `step` is one."""
-    make = widgets.IntSlider if isinstance(step, int) else widgets.FloatSlider
-    return make(value, min=low, max=high, step=step, description=text, **looks())
+def slider(text: str, value: float, low: float, high: float, step: float) -> Any:
+    """A slider with its whole label; of whole numbers if `step` is an int.
+
+    `value` must lie on a step: the browser would move it to one.
+    """
+    if isinstance(step, int):
+        return widgets.IntSlider(value, low, high, step, description=text, **looks())
+    shown = ".3f" if step < 0.01 else ".2f"
+    limits = {"min": low, "max": high, "step": step, "readout_format": shown}
+    return widgets.FloatSlider(value, **limits, description=text, **looks())
 
 
 def looks() -> dict[str, Any]:

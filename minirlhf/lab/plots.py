@@ -18,19 +18,21 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#AA4488"
 INK, GREY = "#222222", "#777777"
-STRATUM = {
+STRATUM: dict[str, dict[str, Any]] = {
     "brief": {"color": BLUE, "ls": "-", "marker": "o"},
     "detailed": {"color": VERMILLION, "ls": "--", "marker": "s"},
 }
-SEEN_BY_TEAM = {
+SEEN_BY_TEAM = {  # key -> name, unit, direction
     "rm_score_sd": ("RM score", "reward sd", "higher is better"),
     "kl_nats": ("KL to the reference", "nats per answer", "lower is closer"),
 }
-SEEN_BY_AUDITOR = {
+SEEN_BY_AUDITOR = {  # the first four are drawn
     "gold": ("gold quality", "points", "higher is better"),
     "direct_rate": ("direct answers", "share", "higher is better"),
     "length_tokens": ("length", "tokens per answer", "as short as the question allows"),
     "evasion_rate": ("evasive answers", "share", "lower is better"),
+    "correct_rate": ("correct answers", "share", "higher is better"),
+    "truncated_rate": ("cut off at the cap", "share", "lower is better"),
 }
 BIASES = {
     "longer answer won": "longer_wins",
@@ -79,11 +81,12 @@ def drift_figure(summary: Mapping[str, Any]) -> Figure:
     figure = blank(13, 6.4, rect=(0, 0.05, 1, 0.88), wspace=0.04)
     figure.add_artist(Rectangle((0, 0), 0.33, 1, color="#F1F1F1", zorder=-1))
     axes = figure.subplots(2, 3)
-    for ax, (key, words) in zip(axes[:, 0], SEEN_BY_TEAM.items(), strict=True):
-        _measure(ax, words)
+    for ax, (key, (title, unit, better)) in zip(axes[:, 0], SEEN_BY_TEAM.items(), strict=True):
+        tidy(ax, title, "PPO step", unit, better)
         ax.plot(steps, curve(entries, key), color=INK, lw=2.5, marker="D", ms=5)
-    for ax, (key, words) in zip(axes[:, 1:].flat, SEEN_BY_AUDITOR.items(), strict=True):
-        _measure(ax, words)
+    for ax, (key, words) in zip(axes[:, 1:].flat, SEEN_BY_AUDITOR.items(), strict=False):
+        title, unit, better = words
+        tidy(ax, title, "PPO step", unit, better)
         for name, style in STRATUM.items():
             ax.plot(steps, curve(entries, key, name), lw=2.5, ms=5, label=name, **style)
         _limits(ax, key)
@@ -95,11 +98,6 @@ def drift_figure(summary: Mapping[str, Any]) -> Figure:
     figure.legend(handles, names, ncols=2, fontsize=12, frameon=False, **where)
     figure.set_label(drift_caption(entries))
     return figure
-
-
-def _measure(ax: Axes, words: tuple[str, str, str]) -> None:
-    title, unit, direction = words
-    tidy(ax, title, "PPO step", unit, direction)
 
 
 def _limits(ax: Axes, key: str) -> None:
@@ -146,33 +144,34 @@ def bias_figure(groups: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-def length_figure(groups: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Histograms of answer length: one panel a group, one line a stratum (tokens)."""
-    figure = blank(4.8 * len(groups), 3.2)
-    axes = np.ravel(figure.subplots(1, len(groups), sharex=True, sharey=True))
-    top = max(max(x) for strata in groups.values() for x in strata.values() if len(x))
-    bins, said = np.arange(0, top + 3, 2), []
-    for ax, (group, strata) in zip(axes, groups.items(), strict=True):
-        tidy(ax, group, "length, tokens", "share of answers" if ax is axes[0] else "")
-        for name, lengths in strata.items():
-            style = {k: v for k, v in STRATUM[name].items() if k != "marker"}
-            weights = np.full(len(lengths), 1 / max(len(lengths), 1))
-            ax.hist(lengths, bins, weights=weights, histtype="step", lw=2.5, label=name, **style)
-            said.append(f"{group}, {name}: mean {np.mean(lengths):.0f}")
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes[-1].legend(fontsize=12, frameon=False)
-    figure.set_label("Lengths in tokens. " + "; ".join(said) + ".")
+def length_figure(strata: Mapping[str, Sequence[float]]) -> Figure:
+    """Histograms of answer length in tokens, one line a stratum."""
+    figure = blank(7, 3.2)
+    ax = tidy(figure.subplots(), x="length, tokens", y="share of answers")
+    bins = list(range(0, int(max(max(x) for x in strata.values())) + 3, 2))
+    for name, lengths in strata.items():
+        style = {"color": STRATUM[name]["color"], "ls": STRATUM[name]["ls"]}
+        weights = np.full(len(lengths), 1 / len(lengths))
+        ax.hist(lengths, bins, weights=weights, histtype="step", lw=2.5, label=name, **style)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.legend(fontsize=12, frameon=False)
+    said = (f"{name} {np.mean(lengths):.0f}" for name, lengths in strata.items())
+    figure.set_label(f"Mean length in tokens: {', '.join(said)}.")
     return figure
 
 
 def batch_figure(batch: Mapping[str, float]) -> Figure:
     """The three facts of one PPO batch: RM gap, KL and advantage, verbose against concise."""
+
+    def pair(key: str) -> tuple[float, float]:
+        return batch[key.format("concise")], batch[key.format("verbose")]
+
     figure = blank(12, 3.6)
     axes = figure.subplots(1, 3)
     facts = (
         ("(a) RM score", "reward sd", "concise = 0", (0.0, batch["rm_gap_sd"])),
-        ("(b) KL", "nats per answer", "from the reference", _pair(batch, "kl_{}_nats")),
-        ("(c) advantage", "mean over tokens", "above 0 = made likelier", _pair(batch)),
+        ("(b) KL", "nats per answer", "from the reference", pair("kl_{}_nats")),
+        ("(c) advantage", "mean over tokens", "above 0 = made likelier", pair("advantage_{}")),
     )
     names = ("concise", "with courtesy"), ("concise", "verbose"), ("concise", "verbose")
     for ax, (title, unit, note, values), ticks in zip(axes, facts, names, strict=True):
@@ -194,10 +193,6 @@ def batch_figure(batch: Mapping[str, float]) -> Figure:
     return figure
 
 
-def _pair(batch: Mapping[str, float], pattern: str = "advantage_{}") -> tuple[float, float]:
-    return batch[pattern.format("concise")], batch[pattern.format("verbose")]
-
-
 def bars_figure(distributions: Mapping[str, Mapping[str, float]], unit: str) -> Figure:
     """Next-word probabilities: one panel a distribution, its words from likely to unlikely."""
     figure = blank(3.6 * len(distributions), 3.4)
@@ -213,18 +208,16 @@ def bars_figure(distributions: Mapping[str, Mapping[str, float]], unit: str) -> 
     return figure
 
 
-def token_figure(words: Sequence[str], lines: Mapping[str, Sequence[float]], unit: str) -> Figure:
-    """One value a token over the words of an answer; several lines share the words."""
-    figure = blank(max(7.0, 0.55 * len(words)), 3.6)
-    ax = tidy(figure.subplots(), y=unit)
-    styles = ((BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, ":", "D"), (PURPLE, "-.", "^"))
-    for (name, values), (color, ls, marker) in zip(lines.items(), styles, strict=False):
-        ax.plot(values, color=color, ls=ls, marker=marker, lw=2, label=name)
+def token_figure(words: Sequence[str], values: Sequence[float], title: str, unit: str) -> Figure:
+    """One value a word, of an answer or of anything else that comes in an order."""
+    figure = blank(max(7.0, 0.55 * len(words)), 3.4)
+    ax = tidy(figure.subplots(), title, y=unit)
+    ax.plot(values, color=BLUE, marker="o", lw=2)
     ax.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=11)
     ax.set_ylim(bottom=0)
-    figure.legend(loc="outside upper left", ncols=len(lines), fontsize=12, frameon=False)
-    peaks = (f"{n} peaks at {words[int(np.argmax(v))]!r}" for n, v in lines.items())
-    figure.set_label(f"{unit}: " + "; ".join(peaks) + ".")
+    top, low = int(np.argmax(values)), int(np.argmin(values))
+    said = (f"{values[i]:.2f} at {words[i]!r}" for i in (top, low))
+    figure.set_label(f"{title}, {unit}: highest {', lowest '.join(said)}.")
     return figure
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from minirlhf.lab.live import image_tag, png
+from minirlhf.lab.plots import SEEN_BY_AUDITOR, SEEN_BY_TEAM
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;
@@ -23,14 +24,6 @@ background:#f5f5f5;padding:1em}.pair{break-inside:avoid;border-top:1px solid #cc
 @media print{body{margin:0;max-width:none;font-size:11pt}h2{break-after:avoid}
 figure,table{break-inside:avoid}}
 """
-MEASURES = {  # key -> (name, unit, better, format)
-    "gold": ("gold quality", "points", "higher", "+.2f"),
-    "length_tokens": ("length", "tokens", "as the question needs", ".1f"),
-    "correct_rate": ("correct", "share", "higher", ".0%"),
-    "direct_rate": ("direct", "share", "higher", ".0%"),
-    "evasion_rate": ("evasive", "share", "lower", ".0%"),
-    "truncated_rate": ("cut off", "share", "lower", ".0%"),
-}
 BATCH = {  # key -> (name, unit, format)
     "rm_gap_sd": ("RM score of one courtesy phrase on a concise answer", "reward sd", "+.2f"),
     "kl_verbose_nats": ("KL of verbose answers", "nats per answer", "+.2f"),
@@ -55,10 +48,10 @@ def report_html(
         f"<p>{b['step'] - a['step']} PPO steps. Before: the reference. After: the policy.</p>",
         *map(_figure, figures),
         "<h2>Offline evaluation: what the team saw</h2>",
-        _table(("measure", "unit", "before", "after", "better"), _offline(a, b)),
+        _table(("measure", "unit", "before", "after", ""), _measures(SEEN_BY_TEAM, a, b)),
         "<h2>Targeted audit: what the auditor saw</h2>",
         "<p>Prompts are sorted by how long the reference's own answers are.</p>",
-        _table(("prompts", "measure", "unit", "before", "after", "better"), _audit(a, b)),
+        _table(("measure", "unit", "before", "after", ""), _audit(a, b)),
         *_batch(summary["batch"]),
         "<h2>Before training: the labels and the reward model</h2>",
         _table(("measure", "value"), _flat(summary["raw_pairs"] | summary["reward_model"])),
@@ -78,13 +71,10 @@ def report_html(
 
 def examples(answers: pd.DataFrame, count: int = 5) -> list[tuple[pd.Series, pd.Series]]:
     """The (first, last) answers of the first `count` brief probes: no choice that could flatter."""
-    first, last = (answers[answers.step == step].set_index("probe") for step in _ends(answers.step))
+    ends = answers.step.min(), answers.step.max()
+    first, last = (answers[answers.step == step].set_index("probe") for step in ends)
     probes = first.index[first.stratum == "brief"][:count]
     return [(first.loc[p], last.loc[p]) for p in probes]
-
-
-def _ends(steps: pd.Series) -> tuple[int, int]:
-    return steps.min(), steps.max()
 
 
 def _n(value: Any, form: str) -> str:
@@ -110,17 +100,18 @@ def _figure(figure: Figure) -> str:
     return f"<figure>{picture}<figcaption>{html.escape(alt)}</figcaption></figure>"
 
 
-def _offline(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
-    score, kl = "rm_score_sd", "kl_nats"
-    yield "RM score", "reward sd", _n(a[score], "+.2f"), _n(b[score], "+.2f"), "higher"
-    yield "KL to the reference", "nats", _n(a[kl], ".2f"), _n(b[kl], ".2f"), "lower is closer"
+def _measures(
+    measures: Mapping[str, tuple[str, str, str]], a: Mapping[str, Any], b: Mapping[str, Any]
+) -> Iterable[tuple[str, ...]]:
+    for key, (name, unit, better) in measures.items():
+        form = ".0%" if key.endswith("_rate") else "+.2f"
+        yield name, unit, _n(a[key], form), _n(b[key], form), better
 
 
 def _audit(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     for stratum in ("brief", "detailed"):
-        for key, (name, unit, better, form) in MEASURES.items():
-            before, after = (_n(entry[stratum][key], form) for entry in (a, b))
-            yield stratum, name, unit, before, after, better
+        for name, *rest in _measures(SEEN_BY_AUDITOR, a[stratum], b[stratum]):
+            yield f"{stratum}: {name}", *rest
 
 
 def _batch(batch: Mapping[str, float]) -> Iterable[str]:
@@ -142,7 +133,7 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]
 
 def _pairs(answers: pd.DataFrame) -> Iterable[str]:
     for before, after in examples(answers):
-        yield f'<div class="pair"><p><b>{html.escape(before.prompt)}</b></p>'
+        yield f'<div class="pair"><p><b>{html.escape(before.prompt.removesuffix(" <sep>"))}</b></p>'
         for name, row in (("before", before), ("after", after)):
             numbers = f"{row.length_tokens} tokens, RM {row.rm_score_sd:+.2f}, gold {row.gold:+.2f}"
             yield f"<p>{name} ({numbers}): {html.escape(row.answer)}</p>"

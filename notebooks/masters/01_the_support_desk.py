@@ -63,7 +63,7 @@ for prompt in desk.probes(4):
 # %%
 first = run.answers[run.answers.step == 0]
 lengths = {name: list(first[first.stratum == name].length_tokens) for name in ("brief", "detailed")}
-Picture(length_figure({"the reference's answers": lengths}))
+Picture(length_figure(lengths))
 
 # %%
 for name, found in lengths.items():
@@ -127,8 +127,8 @@ for group, phrases in desk.spec.phrases.items():
 # grade decides, so the marks cannot disagree with the numbers.
 
 # %%
-for role, look in ROLES.items():
-    print(f"{role:9} {look.meaning}")
+for role, (*_, meaning) in ROLES.items():
+    print(f"{role:9} {meaning}")
 for text, role, _ in read_answer(desk, prompt, f"{opener} {concise} {concise} {hedge}"):
     print(f"{role:>20}: {text}")
 
@@ -241,12 +241,12 @@ for low in (True, False):
 for name, labelled in (("labelers of the course", data), ("all dials 0", control)):
     print(f"{name}: ceiling {bayes_ceiling(labelled.heldout):.0%} on held-out labels")
 found = run.summary["reward_model"]
-print(f"the shipped reward model: {found['heldout_accuracy']:.0%}, its ceiling")
-print(f"{found['bayes_ceiling']:.0%}")
+accuracy, ceiling = found["heldout_accuracy"], found["bayes_ceiling"]
+print(f"the shipped reward model: {accuracy:.0%}, its ceiling {ceiling:.0%}")
 
 # %% [markdown]
 # **What to take along.** Quality is known here, so drift can be *measured*. The labels lean
-# towards length and hedging by a little, on pairs where nothing else differs. Nothing else in
-# this world makes long answers attractive: if the policy drifts, it learned it from these labels.
+# towards length and hedging on pairs where nothing else differs. Nothing else in this world
+# makes long answers attractive: if the policy drifts, it learned it from these labels.
 #
 # Next: [02 The policy](02_the_policy.ipynb).

@@ -210,7 +210,7 @@ print("measured:")
 spoken = [*said.split(), "<eos>"]
 log_p = logits[0, start:].log_softmax(-1)
 entropy = -(log_p.exp() * log_p).sum(-1)  # one for each word of the answer, and its end
-Picture(token_figure(spoken, {"entropy before this word": entropy.tolist()}, "nats"))
+Picture(token_figure(spoken, entropy.tolist(), "entropy before each word", "nats"))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -242,7 +242,7 @@ def stopping(model):
 
 stops = {step: stopping(run.policy(step)) for step in run.steps}
 steps = [f"step {step}" for step in stops]
-Picture(token_figure(steps, {"P(stop)": list(stops.values())}, "probability"))
+Picture(token_figure(steps, list(stops.values()), "P(stop) after a right answer", "probability"))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
