@@ -5,14 +5,19 @@ units). What goes wrong is one sentence on stderr and a non-zero exit status; wh
 before stays on disk, and --resume goes on from there.
 """
 
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
+
+from minirlhf import __version__
 
 EXPECTED = (ValueError, RuntimeError, FloatingPointError)  # one sentence; the rest are bugs
 
@@ -28,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config: Annotated[DriftConfig, tyro.conf.arg(name="")] = field(default_factory=DriftConfig)
         out: Path = Path("runs/drift")
         """folder for everything that the run writes"""
+        desk: Path | None = None
+        """a desk.toml of your own; none = the one that ships with minirlhf"""
         device: str = "auto"
         """auto, cpu, cuda or mps"""
         quick: bool = False
@@ -41,19 +48,64 @@ def main(argv: Sequence[str] | None = None) -> int:
         "data": (DataRun, data),
         "check": (CheckRun, check),
     }
+    for stream in (sys.stdout, sys.stderr):  # a Windows pipe has no "│" and no "≥"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given == ["--version"]:
+        print(f"minirlhf {__version__}")
+        return 0
     try:
-        options = tyro.extras.subcommand_cli_from_dict(
-            {name: kind for name, (kind, _) in commands.items()},
-            prog="minirlhf",
-            args=None if argv is None else list(argv),
-        )
+        options = _parse({name: kind for name, (kind, _) in commands.items()}, given)
         return next(run for kind, run in commands.values() if isinstance(options, kind))(options)
     except KeyboardInterrupt:
-        print("minirlhf: stopped; the same command with --resume goes on", file=sys.stderr)
+        resumes = "; the same command with --resume goes on" if given[:1] == ["drift"] else ""
+        print(f"minirlhf: stopped{resumes}", file=sys.stderr)
         return 130
+    except UsageError as error:
+        print(f"minirlhf: {error}", file=sys.stderr)
+        return 2
     except EXPECTED as error:
         print(f"minirlhf: {error}", file=sys.stderr)
         return 1
+
+
+class UsageError(Exception):
+    """A command line that asks for something that is not there, in one sentence."""
+
+
+def _parse(commands: dict[str, Any], argv: list[str]) -> Any:
+    """The options of one command; what tyro would print in a box is raised as one sentence."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="minirlhf",
+                description="RLHF that drifts, on a laptop; `minirlhf --version` tells which one.",
+                args=argv,
+            )
+    except ValueError as error:  # the settings that belong to no stage
+        text = str(error)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        text = _unboxed(said.getvalue())
+    text = re.sub(r"^Error parsing \w\S*: ", "", text)
+    option = r"^(?:(?:sft|preferences|reward|ppo|audit)\.[a-z_]+|[a-z_]+(?= is ))"
+    text = re.sub(option, lambda m: f"--{m[0].replace('_', '-')}", text)
+    command = " ".join(["minirlhf", *(name for name in argv[:1] if name in commands)])
+    raise UsageError(f"{text} ({command} --help lists what there is)")
+
+
+def _unboxed(box: str) -> str:
+    """What tyro says in a box, on one line: its first paragraph, and what may have been meant."""
+    lines = [line.strip(" │") for line in box.splitlines()[1:]]  # the first one is a title
+    text = " ".join("\n" if line and set(line) <= set("─-╰╯") else line for line in lines)
+    first, *others = text.strip().split("\n")
+    meant = next((part for part in others if "Perhaps you meant" in part), "")
+    near = [o for o in dict.fromkeys(re.findall(r"--[\w.-]+", meant)) if o != "--help"][:2]
+    return first.strip().rstrip(".") + (f"; perhaps you meant {' or '.join(near)}" if near else "")
 
 
 @dataclass(frozen=True)
@@ -68,6 +120,11 @@ class SeedsRun:
     """all summaries and the table"""
     table: Path = Path("docs/seeds.md")
     """the table as Markdown"""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -112,12 +169,14 @@ class Bars:
 
 def drift(options: Any) -> int:
     """Run the case, print the two evaluations side by side, write figures and report."""
+    from minirlhf.desk import Desk
     from minirlhf.drift import Drift, pick_device
 
     config = options.config.quick() if options.quick else options.config
-    bars, device = Bars(), pick_device(options.device)
+    bars, device, desk = Bars(), pick_device(options.device), Desk.load(options.desk)
+    chosen = {"device": device, "desk": desk, "resume": options.resume}
     try:
-        run = Drift(config, options.out, device=device, resume=options.resume, progress=bars)
+        run = Drift(config, options.out, progress=bars, **chosen)
         summary = run.run()
     finally:
         bars.close()
@@ -150,8 +209,9 @@ def print_evaluations(summary: dict[str, Any], say: Callable[[str], None]) -> No
         b, d = entry["brief"], entry["detailed"]
         say(
             f"{entry['step']:>4}  {entry['rm_score_sd']:>9.2f}  {entry['kl_nats']:>11.2f} │ "
-            f"{b['length_tokens']:>14.1f} {b['gold']:>5.2f} {b['direct_rate']:>6.0%} "
-            f"{b['evasion_rate']:>6.0%} │ {d['length_tokens']:>16.1f} {d['gold']:>5.2f}"
+            f"{_show(b['length_tokens'], '.1f'):>14} {_show(b['gold'], '.2f'):>5} "
+            f"{_show(b['direct_rate'], '.0%'):>6} {_show(b['evasion_rate'], '.0%'):>6} │ "
+            f"{_show(d['length_tokens'], '.1f'):>16} {_show(d['gold'], '.2f'):>5}"
         )
     facts = summary["batch"]
     if facts:
