@@ -174,6 +174,12 @@ def test_batch_figure_draws_the_three_facts():
     ]
 
 
+def test_batch_without_concise_answers_leaves_a_gap():
+    facts = batch() | {"kl_concise_nats": None, "advantage_concise": None}
+    kl = plots.batch_figure(facts).axes[1]
+    assert np.isnan(kl.patches[0].get_height()) and kl.patches[1].get_height() == 4.2
+
+
 def test_seeds_figure_shows_one_arm():
     figure = plots.seeds_figure([ROW, {**ROW, "arm": "control", "mean": -3.0}])
     assert [ax.get_lines()[2].get_xdata()[0] for ax in figure.axes] == [0.5]
@@ -269,7 +275,7 @@ def test_report_of_a_run_without_a_batch_or_a_stratum():
     for e in (s["reference"], s["final"]):
         e["detailed"] = dict.fromkeys(e["detailed"])
     text = Page(report_html(s, answers(DESK))).text
-    assert "none" in text and "Inside one PPO batch" not in text
+    assert "none" in text and "Inside PPO" not in text
 
 
 def test_examples_are_the_first_brief_probes_and_nothing_else():

@@ -161,7 +161,8 @@ def length_figure(strata: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def batch_figure(batch: Mapping[str, float]) -> Figure:
-    """The three facts of one PPO batch: RM gap, KL and advantage, verbose against concise."""
+    """The three facts of PPO's batches: RM gap, KL and advantage, verbose against concise."""
+    batch = {key: float("nan") if value is None else value for key, value in batch.items()}
 
     def pair(key: str) -> tuple[float, float]:
         return batch[key.format("concise")], batch[key.format("verbose")]
@@ -184,7 +185,7 @@ def batch_figure(batch: Mapping[str, float]) -> Figure:
         ax.margins(y=0.2)
         ax.tick_params(axis="x", labelsize=13)
     figure.set_label(
-        f"In the batch of step {batch['step']:.0f}, brief prompts: one courtesy phrase raises the "
+        f"Batches around step {batch['step']:.0f}, brief prompts: one courtesy phrase raises the "
         f"RM score by {batch['rm_gap_sd']:.2f} reward sd; verbose answers pay "
         f"{batch['kl_verbose_nats']:.1f} nats of KL, concise ones {batch['kl_concise_nats']:.1f}; "
         f"the mean advantage is {batch['advantage_verbose']:+.2f} on verbose and "

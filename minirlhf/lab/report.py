@@ -117,7 +117,7 @@ def _audit(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterable[tuple[str, ..
 def _batch(batch: Mapping[str, float]) -> Iterable[str]:
     """Nothing for a run that was too short to keep a batch."""
     if batch:
-        yield f"<h2>Inside one PPO batch (step {batch['step']})</h2>"
+        yield f"<h2>Inside PPO's batches around step {batch['step']}</h2>"
         rows = ((name, unit, _n(batch[key], form)) for key, (name, unit, form) in BATCH.items())
         yield _table(("fact", "unit", "value"), rows)
 

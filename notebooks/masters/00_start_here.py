@@ -5,7 +5,7 @@
 # got longer, politer, emptier answers. This course takes that training run apart.
 #
 # **After this notebook you can** say what the team saw and what it did not see, name the three
-# odd facts of one training batch, and find the notebook that explains each.
+# odd facts of its batches, and find the notebook that explains each.
 #
 # **Minutes** 5–10 · **before** nothing · **runs** in seconds on a laptop's CPU, from a finished
 # training run that ships with the course (`minirlhf drift` makes another one)
@@ -105,18 +105,20 @@ for step in (dial.options[0], dial.options[-1]):
     dial.value = step
     assert look.shown["now"]["step"] == step
     print(f"step {step}: {look.shown['now']['length_tokens']} tokens")
-assert look.shown["now"]["length_tokens"] != look.shown["before"]["length_tokens"]
+assert look.shown["now"]["answer"] != look.shown["before"]["answer"]
 
 # %% [markdown]
-# ## 3 Inside one PPO batch
+# ## 3 Inside PPO's batches
 #
-# Why did it happen, with a penalty in place that was meant to prevent it? Open one batch from
-# the middle of the run and compare two kinds of answers to brief prompts: **concise** (correct,
-# without padding) and **verbose** (padded by at least a phrase).
+# Why did it happen, with a penalty in place that was meant to prevent it? Open three batches from
+# the middle of the drift and compare two kinds of answers to brief prompts: **concise** (correct,
+# without padding) and **verbose** (with at least as much padding as a brief answer
+# is long).
 
 # %%
 batch = run.summary["batch"]
-print(f"step {batch['step']}: {batch['n_verbose']} verbose, {batch['n_concise']} concise answers")
+verbose, concise = batch["n_verbose"], batch["n_concise"]
+print(f"around step {batch['step']}: {verbose} verbose answers, {concise} concise ones")
 print(f"(a) one courtesy phrase is worth {batch['rm_gap_sd']:+.1f} reward sd to the RM")
 print(f"(b) KL to the reference: verbose {batch['kl_verbose_nats']:.1f} nats an answer,")
 print(f"    concise {batch['kl_concise_nats']:.1f} nats")
