@@ -24,26 +24,8 @@ EXPECTED = (ValueError, RuntimeError, FloatingPointError)  # one sentence; the r
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    from minirlhf.drift import DriftConfig
-
-    @dataclass(frozen=True)
-    class DriftRun:
-        """Train reference, reward model and policy from nothing, and audit the drift."""
-
-        config: Annotated[DriftConfig, tyro.conf.arg(name="")] = field(default_factory=DriftConfig)
-        out: Path = Path("runs/drift")
-        """folder for everything that the run writes"""
-        desk: Path | None = None
-        """a desk.toml of your own; none = the one that ships with minirlhf"""
-        device: str = "auto"
-        """auto, cpu, cuda or mps"""
-        quick: bool = False
-        """a few seconds instead of a minute: too small to show the drift"""
-        resume: bool = False
-        """go on with the run in --out"""
-
     commands = {
-        "drift": (DriftRun, drift),
+        "drift": (_drift_run(), drift),
         "seeds": (SeedsRun, seeds),
         "data": (DataRun, data),
         "check": (CheckRun, check),
@@ -68,6 +50,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         print(f"minirlhf: {error}", file=sys.stderr)
         return 1
+
+
+def _drift_run() -> type:
+    """The options of `minirlhf drift`; its settings come with torch, which takes a second."""
+    from minirlhf.drift import DriftConfig
+
+    @dataclass(frozen=True)
+    class DriftRun:
+        """Train reference, reward model and policy from nothing, and audit the drift."""
+
+        config: Annotated[DriftConfig, tyro.conf.arg(name="")] = field(default_factory=DriftConfig)
+        out: Path = Path("runs/drift")
+        """folder for everything that the run writes"""
+        desk: Path | None = None
+        """a desk.toml of your own; none = the one that ships with minirlhf"""
+        device: str = "auto"
+        """auto, cpu, cuda or mps"""
+        quick: bool = False
+        """a few seconds instead of a minute: too small to show the drift"""
+        resume: bool = False
+        """go on with the run in --out"""
+
+    return DriftRun
 
 
 class UsageError(Exception):
