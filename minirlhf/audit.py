@@ -109,6 +109,8 @@ class Auditor:
         """RM score [N], reward sd, of a concise correct answer with one courtesy phrase minus
         that of the same answer without it."""
         rng = np.random.default_rng(seed)
+        if not prompts:
+            return np.zeros(0)
         pairs = [self.desk.matched_pair(prompt, rng) for prompt in prompts]
         plain, polite = (self.score_texts(prompts, list(t)) for t in zip(*pairs, strict=True))
         return polite - plain
@@ -207,19 +209,16 @@ def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     around = batches[max(middle - 1, 0) : middle + 2]
     pooled: dict[str, Any] = {"step": batches[middle]["step"]}
     pooled["steps"] = [b["step"] for b in around]
-    for name in around[0].keys() - {"step"}:
+    for name in (name for name in around[0] if name != "step"):
         values = np.array([np.nan if b[name] is None else b[name] for b in around], dtype=float)
         if name in ("n_verbose", "n_concise"):
             pooled[name] = int(values.sum())
             continue
         ends = (end for end in ("verbose", "concise") if end in name)
         weights = np.array([b[f"n_{end}"] for end in ends for b in around] or [1.0] * len(around))
-        known = weights > 0
-        pooled[name] = (
-            float(np.average(values[known], weights=weights[known]))
-            if known.any()
-            else float("nan")
-        )
+        known = (weights > 0) & np.isfinite(values)
+        mean = np.average(values[known], weights=weights[known]) if known.any() else np.nan
+        pooled[name] = float(mean)
     return pooled
 
 
