@@ -153,8 +153,10 @@ def decompose_advantages(
 
     Exact, not approximate: `.total` equals gae(shape_rewards(...), values) to rounding. `beta` is
     free, so a what-if beta costs three scans and no model. Uses rollout.kl where the rollout
-    carries it (what was charged), else the k1 log-ratio.
+    carries it, else the k1 log-ratio. Raises ValueError for a rollout whose rewards are not its
+    score and a multiple of its KL (whitened ones), where no such split exists.
     """
+    _demand_additive(rollout)
     mask, zeros = rollout.mask, torch.zeros_like(rollout.logprobs)
     kl = rollout.logprobs - rollout.ref_logprobs if rollout.kl is None else rollout.kl
 
@@ -168,3 +170,17 @@ def decompose_advantages(
         kl=part(no_score, kl, zeros),
         baseline=part(no_score, zeros, rollout.values),
     )
+
+
+def _demand_additive(rollout: "Rollout") -> None:
+    """rewards = score on the last token - b * kl for some b >= 0, which a regression finds."""
+    if rollout.rewards is None or rollout.kl is None:
+        return
+    score_only = shape_rewards(rollout.scores, rollout.kl, rollout.mask, beta=0.0)
+    charged = rollout.rewards - score_only
+    b = -(charged * rollout.kl).sum() / rollout.kl.square().sum().clamp(min=1e-12)
+    if (charged + b * rollout.kl).abs().max() > 1e-4 * (1 + rollout.scores.abs().max()):
+        raise ValueError(
+            "these rewards are not score minus beta times KL (a run with whiten_rewards, perhaps): "
+            "no split into reward, KL and baseline exists; use a batch of unwhitened rewards"
+        )

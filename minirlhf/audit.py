@@ -3,7 +3,8 @@
 Offline evaluation is one number, the reward model's mean score on fixed probe prompts. The
 targeted audit reads the same answers against the desk's truth, apart for prompts on which the
 *reference itself* answers briefly and those where it does not. The strata are measured from the
-reference's samples, not taken from the desk's labels. Nothing here feeds back into training.
+reference's samples, not taken from the desk's labels. (A PPO batch is split by the desk's label,
+which differs on about one probe in fifty.) Nothing here feeds back into training.
 
 Left out: estimates of cause (a batch's autopsy does that) and alarms on a deployed policy.
 

@@ -119,6 +119,8 @@ class SeedsRun:
 
     seeds: int = 10
     """seeds 0 .. seeds - 1"""
+    fresh: int = 5
+    """further seeds, from 100 on, at which no setting was chosen"""
     jobs: int = 2
     """single-thread processes at once; one a core is fastest"""
     out: Path = Path("data/seeds.json")
@@ -221,12 +223,12 @@ def print_evaluations(summary: dict[str, Any], say: Callable[[str], None]) -> No
     facts = summary["batch"]
     if facts:
         say(
-            f"\nIn the batch of step {facts['step']}, brief prompts ({facts['n_verbose']} verbose, "
-            f"{facts['n_concise']} concise answers):"
+            f"\nIn the batches of steps {', '.join(map(str, facts['steps']))}, brief prompts "
+            f"({facts['n_verbose']} verbose, {facts['n_concise']} concise answers):"
         )
         say(f"  (a) one courtesy phrase adds {_show(facts['rm_gap_sd'])} sd to the RM score")
         say(
-            f"  (b) KL: verbose {_show(facts['kl_verbose_nats'])}, "
+            f"  (b) log-ratio to the reference: verbose {_show(facts['kl_verbose_nats'])}, "
             f"concise {_show(facts['kl_concise_nats'])} nats per answer"
         )
         say(
@@ -270,21 +272,26 @@ def print_seconds(
 def seeds(options: SeedsRun) -> int:
     """Run both arms of every seed and write the table of claims."""
     from minirlhf.drift import DriftConfig
-    from minirlhf.seeds import markdown, run_seeds, table
+    from minirlhf.seeds import FRESH, NOTE, markdown, run_seeds, table
     from minirlhf.store import write_json, write_text
 
-    done, bar = [], tqdm(total=2 * options.seeds, desc="runs", ncols=88)
-    for summary in run_seeds(DriftConfig(), range(options.seeds), jobs=options.jobs):
+    wanted = [*range(options.seeds), *range(FRESH, FRESH + options.fresh)]
+    done, bar = [], tqdm(total=2 * len(wanted), desc="runs", ncols=88)
+    for summary in run_seeds(DriftConfig(), wanted, jobs=options.jobs):
         done.append(summary)
         bar.update()
     bar.close()
     done.sort(key=lambda s: (s["arm"], s["seed"]))
-    rows = table(done)
+    tuned, fresh = ([s for s in done if (s["seed"] >= FRESH) == new] for new in (False, True))
+    rows = [{"seeds": f"seeds 0 to {options.seeds - 1}", **row} for row in table(tuned)]
+    rows += [{"seeds": "fresh seeds", **row} for row in table(fresh)]
     slim = [{k: v for k, v in s.items() if k != "batches"} for s in done]
     write_json(options.out, {"table": rows, "runs": slim})
-    command = f"minirlhf seeds --seeds {options.seeds}"
-    write_text(options.table, markdown(rows, command))
-    print(markdown(rows, command))
+    text = markdown(
+        rows, f"minirlhf seeds --seeds {options.seeds} --fresh {options.fresh}", note=NOTE
+    )
+    write_text(options.table, text)
+    print(text)
     return 0
 
 

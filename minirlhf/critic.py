@@ -14,7 +14,7 @@ import torch
 from minirlhf.model import response_states
 from minirlhf.ppo import PPO
 
-RIDGE = 0.1  # of the states' mean square: they are normalised, so one value fits every size
+RIDGE = 0.1  # strong: the read-out should tell prompts apart rather than follow each token
 
 
 @torch.no_grad()

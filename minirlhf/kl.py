@@ -9,6 +9,8 @@ the reference does (k1) or always (k2, k3). Let l = logprobs - ref_logprobs on a
     k3 = exp(-l) - 1 + l   E[k3] = KL exactly, never negative; as a loss its gradient is that of
                            the *forward* KL(pi_ref || pi)
 
+The gradients are those on-policy: after the first optimiser step on a batch its samples are those
+of an older policy, and no importance ratio corrects for that here.
 As a loss an estimate acts state by state: it does not see that a token leads to states of larger
 KL. As a cost in the reward it does, and k1 there has the gradient of the KL of whole answers.
 Swapping the ratio in k3 (exp(l) - 1 - l) is a frequent bug: its mean is chi-squared minus KL.

@@ -259,7 +259,8 @@ def response_logprobs(
 ) -> tuple[Tensor, ...]:
     """logprobs [B, T] and values [B, T] of given responses (and log-probs of `eos` [B, T]).
 
-    One function for policy, old policy and reference, so that equal weights give equal bits.
+    One function scores the policy in the update and the reference: equal weights and rows give
+    equal bits. The sampler's log-probs come from its cache and agree to rounding (1e-5).
     """
     logits, values = response_heads(model, prompts, responses, mask)
     found = token_logprobs(logits, responses[mask], temperature=temperature)

@@ -292,10 +292,10 @@ class PPO:
             critic = value_loss(values, batch.values, batch.returns, mask, clip=c.value_clip)
             total, metrics["value/loss"] = total + c.value_coef * critic, critic.detach()
         if c.kl_place in ("loss", "book_literal"):
-            # same aggregation as the surrogate, so that beta has one meaning in every placement
+            # summed KL is aggregated as the surrogate is; a mean over tokens is a mean already
             ref, kind, per = batch.ref_logprobs, c.kl_estimator, c.kl_aggregation
             tokens = kl_tokens(logprobs, ref, mask, estimator=kind, aggregation=per)
-            kl = aggregate(tokens, mask, how)
+            kl = aggregate(tokens, mask, how if per == "sequence_sum" else "sequence_sum")
             total, metrics["policy/kl_loss"] = total + self.beta * kl, kl.detach()
         return total, metrics | update_metrics(logprobs.detach(), batch, c.clip)
 

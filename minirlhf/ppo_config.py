@@ -28,7 +28,8 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     """gradient norm above which a step is scaled down"""
     beta: float = 0.07
-    """price of KL, reward sd per nat (the starting value if adaptive)"""
+    """price of KL, reward sd per nat (the starting value if adaptive); with KL in the loss the
+    unit is that of the advantages, so whitening rescales it there"""
     kl_place: Literal["reward", "loss", "book_literal", "none"] = "reward"
     """where the penalty acts; book_literal differentiates the sampled log-ratio itself"""
     kl_estimator: Estimator = "k1"
@@ -94,6 +95,7 @@ class PPOConfig:
             hint = "must be k1 with kl_place book_literal, which is the log-ratio itself"
             _demand(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, hint)
         if self.kl_target is not None:
+            _demand(self.kl_place != "none", "kl_target", self.kl_target, "needs a kl_place")
             _demand(self.beta > 0, "beta", self.beta, "must be positive where kl_target moves it")
 
 

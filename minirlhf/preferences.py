@@ -3,9 +3,10 @@
 A labeler prefers answer a to b with probability sigmoid((u_a - u_b) / temperature), the model of
 Bradley & Terry (1952). The utility u is gold quality plus two dials, a bonus per token and a
 bonus for hedging; a share of the labels (`skim`) comes from people who did not check the fact and
-see style alone. Nothing else in the project makes long answers attractive: with the dials at 0
-the same pipeline has nothing to drift to. The bias is measured on the raw pairs, before any model
-is trained, and so is the best accuracy that label noise leaves to a reward model.
+see style alone. At equal content nothing else makes a long answer attractive, and on brief prompts
+length only costs: with the dials at 0 the same pipeline has nothing to drift to. The bias is
+measured on the raw pairs, before any model is trained, and so is the best accuracy that label
+noise leaves to a reward model.
 
 Left out on purpose: labelers with names, tastes or fatigue. Every label is an independent draw.
 

@@ -35,9 +35,11 @@ class Rollout:
     scores: Tensor
     """[B] reward sd: what PPO was given for the whole answer, after any missing-EOS treatment"""
     kl: Tensor | None = None
-    """[B, T] nats: what the penalty charged (estimator and aggregation applied)"""
+    """[B, T] nats: the penalty's estimate per token (estimator and aggregation applied); charged
+    in the reward only if the run's kl_place says so"""
     rewards: Tensor | None = None
-    """[B, T] reward sd: -beta * kl, plus the score on the last token"""
+    """[B, T] reward sd: -beta * kl where KL is charged, plus the score on the last token, and
+    then divided by its sd if the run whitens rewards"""
     advantages: Tensor | None = None
     """[B, T] what multiplies the gradient: whitened, if the run whitens"""
     returns: Tensor | None = None

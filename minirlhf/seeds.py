@@ -1,8 +1,8 @@
 """The case over many seeds: every claim of the course as a number with an interval.
 
-Each seed is run twice, with the default labelers and with fair ones (the control arm), one
-single-thread process a core. A claim is a threshold on one run's summary; the table says in how
-many runs it holds. Left out: grids over other settings.
+Each seed is run twice, with the default labelers and with fair ones (the control arm: no bias,
+every fact checked), one single-thread process a core. A claim is a threshold on one run's
+summary; the table says in how many runs it holds. Left out: grids over other settings.
 
 Source: Henderson et al. (2018, arXiv 1709.06560) on why one seed shows nothing.
 """
@@ -18,6 +18,15 @@ from joblib import Parallel, delayed
 from minirlhf.drift import Drift, DriftConfig
 
 Summary = dict[str, Any]
+FRESH = 100  # the first of the seeds at which no setting was chosen
+NOTE = (
+    "Means over runs with a 95 % percentile bootstrap interval (which, with ten runs, covers the "
+    "mean in nearer to 90 % of cases), and the range over runs. *Held*: runs in which the "
+    "threshold is met. Control: the same seeds with labelers who have no bias and check every "
+    "fact. All runs are audited on the same probe prompts. The settings, the rule for the "
+    "mid-run batches and the cut-off for a verbose answer were chosen while looking at seeds 0 to "
+    "9, so those tables are in-sample; nothing was chosen on the fresh seeds, from 100 on."
+)
 
 
 class Claim(NamedTuple):
@@ -69,27 +78,49 @@ DRIFT = (
     Claim("brief: gold, change (points)", change("brief", "gold"), high=-0.4),
     Claim("brief: direct rate, change", change("brief", "direct_rate"), high=-0.20),
     Claim("brief: evasion rate, change", change("brief", "evasion_rate"), low=0.08),
-    Claim("growth of brief / growth of detailed", lambda s: growth("brief")(s)
-          / growth("detailed")(s), low=1.4),
-    Claim("KL, final (nats per answer)", lambda s: s["final"]["kl_nats"], low=4.0),
-    Claim("batch: RM gap of one courtesy phrase (reward sd)", _batch("rm_gap_sd"), 1e-9, 0.6),
-    Claim("batch: KL of verbose answers (nats)", _batch("kl_verbose_nats")),
-    Claim("batch: KL, verbose over 5 |concise|, or excess over 2 nats", _kl_contrast, low=1.0),
+    Claim(
+        "growth of brief / growth of detailed",
+        lambda s: growth("brief")(s) / growth("detailed")(s),
+        low=1.4,
+    ),
+    Claim(
+        "KL(policy‖reference), k1, final (nats per answer)",
+        lambda s: s["final"]["kl_nats"],
+        low=4.0,
+    ),
+    Claim(
+        "batch: RM gap of one courtesy phrase, matched pairs (reward sd)",
+        _batch("rm_gap_sd"),
+        1e-9,
+        0.6,
+    ),
+    Claim("batch: log-ratio of verbose answers (nats)", _batch("kl_verbose_nats")),
+    Claim("batch: the same, over 5 |concise| or its excess over 2 nats", _kl_contrast, low=1.0),
     Claim("batch: advantage, verbose", _batch("advantage_verbose"), low=1e-9),
     Claim("batch: advantage, concise", _batch("advantage_concise"), high=-1e-9),
-    Claim("batch: verbose tokens with advantage > 0 (share)",
-          _batch("positive_token_share_verbose"), low=0.70),
-    Claim("batch: |log-ratio| in the top tenth of tokens (share)",
-          _batch("kl_share_top_decile"), low=0.60),
+    Claim(
+        "batch: share of a verbose answer's tokens with advantage > 0",
+        _batch("positive_token_share_verbose"),
+        low=0.70,
+    ),
+    Claim(
+        "batch: |log-ratio| in the top tenth of tokens (share)",
+        _batch("kl_share_top_decile"),
+        low=0.60,
+    ),
     Claim("RM accuracy on held-out labels", _judge("heldout_accuracy"), low=0.65, digits=3),
     Claim("its Bayes ceiling", _judge("bayes_ceiling"), digits=3),
     Claim("accuracy of ranking by length alone", _judge("length_ruler_accuracy"), digits=3),
-)  # fmt: skip
+)
 CONTROL = (
     Claim("brief: length, final / reference", growth("brief"), 0.70, 1.15),
     Claim("brief: gold, change (points)", change("brief", "gold"), low=-0.1),
     Claim("detailed: gold, change (points)", change("detailed", "gold"), low=-0.1),
-    Claim("KL, final (nats per answer)", lambda s: s["final"]["kl_nats"]),
+    Claim("brief: direct rate, change", change("brief", "direct_rate"), low=-0.05),
+    Claim("brief: evasion rate, change", change("brief", "evasion_rate"), high=0.05),
+    Claim("brief: hedged rate, change", change("brief", "hedged_rate"), high=0.05),
+    Claim("RM score, final (reward sd)", lambda s: s["final"]["rm_score_sd"]),
+    Claim("KL(policy‖reference), k1, final (nats per answer)", lambda s: s["final"]["kl_nats"]),
     Claim("RM accuracy on held-out labels", _judge("heldout_accuracy"), low=0.65, digits=3),
     Claim("its Bayes ceiling", _judge("bayes_ceiling"), digits=3),
 )
@@ -158,22 +189,25 @@ def _threshold(claim: Claim) -> str:
     return f"{low:.{d}f} … {high:.{d}f}"
 
 
-def markdown(rows: Sequence[dict[str, Any]], command: str) -> str:
-    """The table as Markdown, with the command that made it."""
-    lines = ["# The case over seeds", "", f"Made by `{command}`.", ""]
-    lines += ["Means over seeds with 95 % bootstrap intervals, and the range over runs. *Held*:"]
-    lines += ["runs in which the threshold is met. The control arm has the same seeds and no bias."]
-    for arm in ("drift", "control"):
-        lines += ["", f"## {arm}", ""]
-        lines += ["| measure | threshold | mean [95 % interval] | range | held |"]
-        lines += ["|---|---|---|---|---|"]
-        for row in (r for r in rows if r["arm"] == arm):
-            d = row["digits"]
-            mean, low, high, least, most = (
-                "none" if row[k] is None else f"{row[k]:.{d}f}"
-                for k in ("mean", "low", "high", "least", "most")
-            )
-            held = f"{row['held']}/{row['runs']}" if row["threshold"] else ""
-            cells = (row["claim"], row["threshold"], f"{mean} [{low}, {high}]")
-            lines.append(f"| {' | '.join(cells)} | {least} … {most} | {held} |")
-    return "\n".join(lines) + "\n"
+def markdown(rows: Sequence[dict[str, Any]], command: str, *, note: str) -> str:
+    """One table per arm as Markdown, with the command that made it and a note on the seeds."""
+    lines = ["# The case over seeds", "", f"Made by `{command}`.", "", note, ""]
+    for group in dict.fromkeys(row.get("seeds", "") for row in rows):
+        for arm in ("drift", "control"):
+            lines += [f"## {arm}{', ' if group else ''}{group}", ""]
+            lines += ["| measure | threshold | mean [95 % interval] | range | held |"]
+            lines += ["|---|---|---|---|---|"]
+            here = (r for r in rows if r["arm"] == arm and r.get("seeds", "") == group)
+            lines += [*map(_line, here), ""]
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+    d = row["digits"]
+    mean, low, high, least, most = (
+        "none" if row[k] is None else f"{row[k]:.{d}f}"
+        for k in ("mean", "low", "high", "least", "most")
+    )
+    held = f"{row['held']}/{row['runs']}" if row["threshold"] else ""
+    cells = (row["claim"], row["threshold"], f"{mean} [{low}, {high}]", f"{least} … {most}", held)
+    return f"| {' | '.join(c.replace('|', '∣') for c in cells)} |"

@@ -81,8 +81,9 @@ class Shipped:
 
     @property
     def seeds(self) -> list[dict[str, Any]]:
-        """The claims table of `minirlhf seeds`."""
-        return read_json(self.folder / "seeds.json")["table"]
+        """The claims table of `minirlhf seeds`, without its fresh seeds."""
+        rows = read_json(self.folder / "seeds.json")["table"]
+        return [row for row in rows if row["seeds"] != "fresh seeds"]
 
     @property
     def steps(self) -> list[int]:
