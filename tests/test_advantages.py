@@ -15,6 +15,7 @@ from minirlhf.advantages import (
     grpo_advantages,
     last_token,
     masked_mean,
+    rescale,
     rloo_advantages,
     shape_rewards,
     whiten,
@@ -165,15 +166,21 @@ def test_whitened_entries_have_mean_zero_and_variance_one(ddof):
     assert white[~r.mask].eq(0).all()
 
 
-def test_scaling_alone_keeps_every_sign_and_the_mean_in_units_of_sd():
+def test_rescaling_keeps_signs_and_whitening_without_shift_keeps_the_mean():
     r = fake_rollout(7)
-    x = r.values * 3 + 5
-    white = whiten(x, r.mask, shift_mean=False)
+    x = torch.where(r.mask, r.values * 3 + 5, 1e6)  # the junk outside must not count
     mean, sd = x[r.mask].mean(), x[r.mask].std()
-    torch.testing.assert_close(white[r.mask], x[r.mask] / sd)
-    assert masked_mean(white, r.mask).item() == pytest.approx((mean / sd).item(), abs=1e-6)
-    # the inverted flag of a well-known library would leave the mean where it is here
-    assert abs(masked_mean(whiten(x, r.mask), r.mask).item()) < 1e-12
+    small, kept, centred = (
+        rescale(x, r.mask),
+        whiten(x, r.mask, shift_mean=False),
+        whiten(x, r.mask),
+    )
+    torch.testing.assert_close(small[r.mask], x[r.mask] / sd)
+    torch.testing.assert_close(kept[r.mask], (x[r.mask] - mean) / sd + mean)
+    means = [masked_mean(y, r.mask).item() for y in (small, kept, centred)]
+    assert means == pytest.approx([(mean / sd).item(), mean.item(), 0.0], abs=1e-6)
+    assert abs(mean - mean / sd) > 0.5, "the three are told apart here"
+    assert all(not y[~r.mask].any() for y in (small, kept, centred))
 
 
 def test_the_shift_alone_turns_signs():
@@ -181,7 +188,7 @@ def test_the_shift_alone_turns_signs():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4000, generator=g, dtype=torch.float64) - 0.8
     mask = torch.ones_like(x, dtype=torch.bool)
-    share = [(whiten(x, mask, shift_mean=s) > 0).double().mean().item() for s in (False, True)]
+    share = [(scaled(x, mask) > 0).double().mean().item() for scaled in (rescale, whiten)]
     assert share[0] == pytest.approx(0.212, abs=0.02) and share[1] == pytest.approx(0.5, abs=0.02)
 
 
@@ -200,6 +207,7 @@ def test_fewer_than_two_entries_are_not_blown_up(count, ddof, shift_mean):
     white = whiten(torch.tensor([[3.0, 8.0]]), mask, shift_mean=shift_mean, ddof=ddof)
     kept = 3.0 if count and not shift_mean else 0.0  # sd counts as 1
     assert white.tolist() == [[kept, 0.0]]
+    assert rescale(torch.tensor([[3.0, 8.0]]), mask).tolist() == [[3.0 * count, 0.0]]
     assert whitening_moments(torch.ones(1, 2), mask, ddof=ddof)[1] == 1
 
 
@@ -278,16 +286,16 @@ def test_parts_add_up_in_degenerate_batches(name):
     torch.testing.assert_close(white.total, whiten(expected, rollout.mask), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("shift_mean", [True, False])
-def test_the_split_goes_through_whitening(shift_mean):
+@pytest.mark.parametrize(("shift", "scaled"), [(True, whiten), (False, rescale)])
+def test_the_split_goes_through_whitening(shift, scaled):
     rollout = fake_rollout(2)
     parts = decompose_advantages(rollout, beta=0.3)
-    white = parts.whitened(rollout.mask, shift_mean=shift_mean)
-    expected = whiten(whole(rollout, 0.3, 1.0, 0.95), rollout.mask, shift_mean=shift_mean)
+    white = parts.whitened(rollout.mask, shift=shift)
+    expected = scaled(whole(rollout, 0.3, 1.0, 0.95), rollout.mask)
     torch.testing.assert_close(white.total, expected, rtol=0, atol=1e-12)
     assert white.shift is not None
     assert white.shift[rollout.mask].unique().numel() == 1  # one shift for every token
-    assert bool(white.shift.any()) == shift_mean and white.shift[~rollout.mask].eq(0).all()
+    assert bool(white.shift.any()) == shift and white.shift[~rollout.mask].eq(0).all()
 
 
 def test_each_part_depends_on_its_own_cause_only():

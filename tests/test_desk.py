@@ -18,17 +18,17 @@ GOLD = {"correct": 0.7, "wrong": -0.5, "missing": -0.3, "direct": 0.1, "pad": 0.
 GOLD |= {"hedge": 0.1, "unfinished": 0.1}
 DESK = Desk(replace(Desk.load().spec, gold=GOLD))
 SHIPPED = (Path(__file__).parent.parent / "data" / "desk.toml").read_text(encoding="utf-8")
-for pinned in ("bare = 50", "pad = 0.03", "brief_share = 0.5", "max_response = 48"):
+for pinned in ("bare = 50", "both = 20", "pad = 0.03", "brief_share = 0.5", "max_response = 48"):
     SHIPPED = re.sub(rf"(?m)^{pinned.split()[0]} = [\d.]+", pinned, SHIPPED)
 BRIEF = Prompt(
-    "record eta friday , shop leeds . customer when does it come ? <sep>",
+    "eta friday , shop leeds . when does it come ? <sep>",
     *("arrival", "brief", "day", "friday", 2),
 )
 DETAILED = Prompt(
-    "record device laptop . customer how do i reset it ? <sep>",
+    "device laptop . how do i reset it ? <sep>",
     *("reset", "detailed", "device", "laptop", 0),
 )
-STEPS = "first unplug the laptop . then hold the button . next wait for the light ."
+STEPS = "first unplug the laptop . then hold the button ."  # 10 tokens, two steps of three
 LAST = "finally plug it in ."
 THANKS = "thank you for reaching out to us today ."  # 9 tokens
 HEDGE = "the answer may depend on several factors ."  # 8 tokens
@@ -55,13 +55,14 @@ BRIEF_GRADES = {
     "": ("missing evasive", 1, 0, 0, -0.3, -0.3),
     ". . friday .": ("correct", 5, 2, 0, 0.7, 0.64),
 }
+TWO_THIRDS = 2 / 3 * 0.7 - 1 / 3 * 0.3 + 0.1
 DETAILED_GRADES = {
-    f"{STEPS} {LAST}": ("correct direct", 22, 0, 0, 0.8, 0.8),
-    f"{LAST} {STEPS}": ("correct direct", 22, 0, 0, 0.8, 0.8),
-    STEPS: ("direct", 17, 0, 0, 0.75 * 0.7 - 0.25 * 0.3 + 0.1, 0.55),
-    f"{STEPS} {THANKS}": ("direct", 26, 9, 9, 0.55, 0.55 - 0.27),
-    f"{STEPS} {STEPS}": ("direct", 33, 16, 0, 0.55, 0.55 - 0.48),
-    f"{STEPS} {LAST}".replace("laptop", "phone"): ("wrong direct", 22, 0, 0, -0.4, -0.4),
+    f"{STEPS} {LAST}": ("correct direct", 16, 0, 0, 0.8, 0.8),
+    f"{LAST} {STEPS}": ("correct direct", 16, 0, 0, 0.8, 0.8),
+    STEPS: ("direct", 11, 0, 0, TWO_THIRDS, TWO_THIRDS),
+    f"{STEPS} {THANKS}": ("direct", 20, 9, 9, TWO_THIRDS, TWO_THIRDS - 0.27),
+    f"{STEPS} {STEPS}": ("direct", 21, 10, 0, TWO_THIRDS, TWO_THIRDS - 0.30),
+    f"{STEPS} {LAST}".replace("laptop", "phone"): ("wrong direct", 16, 0, 0, -0.4, -0.4),
     # the step that names the device counts only with the device; it was tried, so no evasion
     "first unplug it .": ("missing direct", 5, 0, 0, -0.2, -0.2),
     "your laptop .": ("missing direct", 4, 3, 0, -0.2, -0.29),
@@ -154,14 +155,14 @@ def test_grade_many_is_grade_row_by_row_and_fast():
 def test_prompts_show_the_fact_and_end_in_sep():
     prompts = DESK.prompts(400, np.random.default_rng(1))
     for prompt in prompts:
-        record, _, question = prompt.text.partition(" . customer ")
+        record, _, question = prompt.text.partition(" . ")
         label = DESK.spec.labels[prompt.slot]
-        assert f" {label} {prompt.value}" in record
+        assert f" {label} {prompt.value}" in f" {record}"
         assert record.count(label) == 1 and record.count(",") in (1, 2)
         intent = DESK.spec.intents[prompt.intent]
         assert question == f"{intent.questions[prompt.wording]} <sep>"
     assert {p.intent for p in prompts} == set(DESK.spec.intents)
-    assert {len(p.text.split()) for p in prompts} <= set(range(10, 23))
+    assert {len(p.text.split()) for p in prompts} <= set(range(8, DESK.prompt_width + 1))
     share = np.mean([p.stratum == "brief" for p in prompts])
     assert abs(share - DESK.spec.brief_share) < 4 * 0.5 / 20  # 4 standard errors of 400 draws
     assert {p.stratum for p in DESK.prompts(50, np.random.default_rng(0), "brief")} == {"brief"}
@@ -172,7 +173,7 @@ def test_prompts_show_the_fact_and_end_in_sep():
 def test_encode_pads_on_the_left_and_decodes_to_the_text():
     prompts = DESK.prompts(200, np.random.default_rng(2))
     ids = DESK.encode(prompts)
-    assert ids.shape == (200, DESK.prompt_width) and DESK.prompt_width <= 22
+    assert ids.shape == (200, DESK.prompt_width) and DESK.prompt_width <= 20
     assert (ids[:, -1] == DESK.vocabulary.sep).all()
     for row, prompt in zip(ids, prompts, strict=True):
         assert DESK.vocabulary.decode(row) == prompt.text.removesuffix(" <sep>")
@@ -257,7 +258,7 @@ def test_same_seed_same_words_and_sizes_as_promised():
     assert 150 <= len(DESK.vocabulary) <= 260
     assert DESK.vocabulary.fingerprint == Desk.load().vocabulary.fingerprint
     with pytest.raises(UnknownWord, match=r"frday.*friday"):
-        DESK.encode([replace(BRIEF, text="record eta frday <sep>")])
+        DESK.encode([replace(BRIEF, text="eta frday <sep>")])
 
 
 def _rng(seed: int) -> np.random.Generator:
@@ -269,7 +270,6 @@ COLOUR = 'answers = ["it is {colour} .", "your order is {colour} .", "the colour
 DAYS = 'values = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]'
 ASKS = 'questions = ["how do i reset it ?", "how can i reset my device ?"]'
 PLUG = '  { key = "plug", say = ["finally plug it in ."] },'
-TOP = "[writers.reference.detailed]"
 BAD_EDITS = [  # (old text, new text, the line at fault as it then stands, words of the message)
     ("[markers]", "[markers", "[markers", "not valid TOML"),
     ("[slots.time]", "[slots.day]", "[slots.day]", "not valid TOML.*twice"),
@@ -311,16 +311,11 @@ BAD_EDITS = [  # (old text, new text, the line at fault as it then stands, words
     (PLUG, "  'plug it in .',", "steps = [", "needs a key word of its own, got None"),
     (PLUG, '  { key = "hold", say = ["hold ."] },', 'key = "hold", say = ["then', "of its own"),
     (PLUG, '  { key = "plug", say = ["turn it on ."] },', "turn it on", "lacks its key word"),
-    (PLUG, '  { key = "plug", say = ["plug the light ."] },', "plug the light", "key of a step"),
+    (PLUG, '  { key = "plug", say = ["plug and hold it ."] },', "plug and hold", "key of a step"),
     ("first unplug the {device} .", "first unplug it .", "first unplug it .", "or its first step"),
-    ("we hope you have a great day .", "we hope for {day} .", "hope for {day}", "takes no slot"),
-    (
-        "we hope you have a great day .",
-        "we can press it .",
-        "we can press",
-        "key of a step of track",
-    ),
-    ("we hope you have a great day .", "we might help .", "we might help", "a hedge marker"),
+    ("have a great day .", "we hope for {day} .", "hope for {day}", "takes no slot"),
+    ("have a great day .", "we can press it .", "we can press", "key of a step of track"),
+    ("have a great day .", "we might help .", "we might help", "a hedge marker"),
     ("this might be subject to change .", "this is so .", "this is so", "has no hedge marker"),
     ("[markers]", "[tags]", None, "section .markers. is missing"),
     ('both = ["opener", "answer", "closer"]', 'both = ["hello"]', "both =", "unknown part 'hello'"),
@@ -335,7 +330,12 @@ BAD_EDITS = [  # (old text, new text, the line at fault as it then stands, words
     ("bare = 50", "bare = -1", "bare = -1", "weight of bare is -1"),
     ("bare = 50", "bare = inf", "bare = inf", "weight of bare is inf"),
     ("bare = 50", "curt = 83", "curt = 83", r"style 'curt' is not in \[styles\]; use one of bare"),
-    (TOP, f"{TOP}\nlavish = 77", "lavish = 77", "detailed answer in style lavish may take 60"),
+    (
+        'both = ["opener", "answer", "closer"]',
+        f"both = {['answer'] * 9 + ['other']}",
+        "both = 20",
+        r"a brief answer in style both may take \d\d tokens with its end; shorten it or raise",
+    ),
     ("pad = 0.03", "", "[gold]", r"pad in \[gold\] is None; give a number"),
     ("pad = 0.03", "pad = nan", "pad = nan", "pad in .gold. is nan"),
 ]
