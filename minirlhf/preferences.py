@@ -41,7 +41,7 @@ class PreferenceConfig:
     """utility of one more token, in points; gold charges 0.03 for a token of padding"""
     hedge_bias: float = 0.32
     """utility of a hedge, in points; gold charges 0.1 for hedging"""
-    skim: float = 0.5
+    skim: float = 0.55
     """chance that a labeler did not check the facts and saw length and hedges only, in [0, 1]"""
     temperature: float = 0.18
     """label noise, in points: a gap this large is ranked right 73 % of the time"""
