@@ -46,7 +46,7 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         for name in ("every", "probes", "reference_samples", "brief_below", "verbose_padding"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN fails too
                 raise ValueError(f"audit.{name} is {getattr(self, name)}; it must be positive")
 
 
@@ -152,7 +152,7 @@ def summarise_grades(grades: dict[str, np.ndarray], rows: np.ndarray) -> dict[st
     out |= {f"{k}_rate": grades[v] for k, v in (("correct", "correct"), ("direct", "direct"))}
     out |= {"evasion_rate": grades["evasive"], "hedged_rate": grades["hedged"]}
     out |= {"truncated_rate": ~grades["finished"].astype(bool)}
-    means = {name: float(np.mean(values[rows])) for name, values in out.items()}
+    means = {name: _mean(values[rows]) for name, values in out.items()}
     return means | {"n": int(rows.sum())}
 
 
