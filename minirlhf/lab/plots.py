@@ -172,7 +172,7 @@ def batch_figure(batch: Mapping[str, float]) -> Figure:
     facts = (
         ("(a) RM score", "reward sd", "concise = 0", (0.0, batch["rm_gap_sd"])),
         ("(b) KL", "nats per answer", "from the reference", pair("kl_{}_nats")),
-        ("(c) advantage", "mean over tokens", "above 0 = made likelier", pair("advantage_{}")),
+        ("(c) advantage", "mean over tokens", "above 0 = pushed up", pair("advantage_{}")),
     )
     names = ("concise", "with courtesy"), ("concise", "verbose"), ("concise", "verbose")
     for ax, (title, unit, note, values), ticks in zip(axes, facts, names, strict=True):

@@ -120,12 +120,12 @@ batch = run.summary["batch"]
 verbose, concise = batch["n_verbose"], batch["n_concise"]
 print(f"around step {batch['step']}: {verbose} verbose answers, {concise} concise ones")
 print(f"(a) one courtesy phrase is worth {batch['rm_gap_sd']:+.1f} reward sd to the RM")
-print(f"(b) KL to the reference: verbose {batch['kl_verbose_nats']:.1f} nats an answer,")
+print(f"(b) log-ratio to the reference: verbose {batch['kl_verbose_nats']:.1f} nats an answer,")
 print(f"    concise {batch['kl_concise_nats']:.1f} nats")
 
 # %% [markdown]
-# **Predict.** The *advantage* decides the direction: tokens with a positive advantage are made
-# likelier, those with a negative one less likely. The KL penalty has already been subtracted.
+# **Predict.** The *advantage* decides the direction: tokens with a positive advantage are pushed
+# up, those with a negative one down. The KL penalty has already been subtracted.
 #
 # Is the mean advantage of the verbose answers positive or negative? And of the concise ones?
 
@@ -137,8 +137,8 @@ Picture(batch_figure(batch))
 print("measured:")
 print(f"(c) advantage: verbose {batch['advantage_verbose']:+.2f},")
 print(f"    concise {batch['advantage_concise']:+.2f}")
-print(f"    {batch['positive_token_share_verbose']:.0%} of the verbose tokens are made likelier")
-print(f"    a tenth of all tokens carries {batch['kl_share_top_decile']:.0%} of the KL")
+print(f"    {batch['positive_token_share_verbose']:.0%} of a verbose answer's tokens are pushed up")
+print(f"    a tenth of the batch's tokens holds {batch['kl_share_top_decile']:.0%} of all |log-ratio|")
 assert batch["advantage_verbose"] > 0 > batch["advantage_concise"]
 
 # %% [markdown]

@@ -246,7 +246,7 @@ print(f"the shipped reward model: {accuracy:.0%}, its ceiling {ceiling:.0%}")
 
 # %% [markdown]
 # **What to take along.** Quality is known here, so drift can be *measured*. The labels lean
-# towards length and hedging on pairs where nothing else differs. Nothing else in this world
-# makes long answers attractive: if the policy drifts, it learned it from these labels.
+# towards length and hedging on pairs where nothing else differs. On brief prompts nothing else in
+# this world makes a long answer attractive: if the policy drifts there, these labels taught it.
 #
 # Next: [02 The policy](02_the_policy.ipynb).

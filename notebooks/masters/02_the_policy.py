@@ -252,14 +252,14 @@ assert stops[run.steps[-1]] < stops[run.steps[0]] / 2
 
 # %% [markdown]
 # How dear is it not to stop? A policy that *never* stops here pays, once, the log of what the
-# reference left for going on. Everything after that the reference itself finds likely, so it is
-# almost free. Notebook 04 builds on this number.
+# reference left for going on. What it then says the reference may find quite likely; how little
+# that costs is measured in notebook 04, which builds on this number.
 
 # %%
 share = stops[run.steps[0]]
 price = -np.log(1 - share)
 print(f"the reference stops with probability {share:.1f};")
-print(f"never to stop costs about {price:.0f} nats, paid once")
+print(f"at that probability never to stop costs about {price:.0f} nats, paid once")
 
 # %% [markdown]
 # **What to take along.** The policy is a table of next-word probabilities, computed by a small
