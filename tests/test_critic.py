@@ -96,7 +96,7 @@ def test_the_fit_is_weighted_ridge_regression_by_another_solver():
     assert head.weight[0].tolist() == pytest.approx(found[:-1].tolist(), abs=1e-6)
     assert head.bias.tolist() == pytest.approx([found[-1]], abs=1e-6)
     left = (w * (design @ found - y) ** 2).sum() / (w * (y - (w * y).sum()) ** 2).sum()
-    assert explained == pytest.approx(1 - left, abs=1e-6) and explained > 0.3
+    assert explained == pytest.approx(1 - left, abs=1e-6) and explained > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
