@@ -181,7 +181,8 @@ def test_batch_without_concise_answers_leaves_a_gap():
 
 
 def test_seeds_figure_shows_one_arm():
-    figure = plots.seeds_figure([ROW, {**ROW, "arm": "control", "mean": -3.0}])
+    none = ROW | dict.fromkeys(("mean", "low", "high", "least", "most"))  # in no run measured
+    figure = plots.seeds_figure([ROW, none, {**ROW, "arm": "control", "mean": -3.0}])
     assert [ax.get_lines()[2].get_xdata()[0] for ax in figure.axes] == [0.5]
     assert "held 9/10" in str(figure.get_label())
 

@@ -244,7 +244,7 @@ def attention_figure(weights: np.ndarray, words: Sequence[str], titles: Sequence
 
 def seeds_figure(rows: Sequence[Mapping[str, Any]], arm: str = "drift") -> Figure:
     """Claims over seeds (`seeds.table`): range, 95 % interval and mean, one axis a claim."""
-    rows = [row for row in rows if row["arm"] == arm]
+    rows = [row for row in rows if row["arm"] == arm and row["mean"] is not None]
     figure = blank(9.5, 0.55 * len(rows) + 0.6)
     axes = np.ravel(figure.subplots(len(rows), 1))
     for ax, row in zip(axes, rows, strict=True):

@@ -138,7 +138,9 @@ print("measured:")
 print(f"(c) advantage: verbose {batch['advantage_verbose']:+.2f},")
 print(f"    concise {batch['advantage_concise']:+.2f}")
 print(f"    {batch['positive_token_share_verbose']:.0%} of a verbose answer's tokens are pushed up")
-print(f"    a tenth of the batch's tokens holds {batch['kl_share_top_decile']:.0%} of all |log-ratio|")
+print(
+    f"    a tenth of the batch's tokens holds {batch['kl_share_top_decile']:.0%} of all |log-ratio|"
+)
 assert batch["advantage_verbose"] > 0 > batch["advantage_concise"]
 
 # %% [markdown]
@@ -157,7 +159,7 @@ for arm in ("drift", "control"):
     print(arm)
     for row in (row for row in claims if row["arm"] == arm):
         numbers = f"{row['mean']:6.1f}  {row['held']}/{row['runs']} runs {row['threshold']}"
-        print(f"  {row['claim']:58} {numbers}")
+        print(f"  {row['claim']:64} {numbers}")
 
 # %% [markdown]
 # ## 5 The two questions of this course
