@@ -12,6 +12,8 @@ Sources: the pipeline of Ouyang et al. (2022, arXiv 2203.02155, figure 2).
 """
 
 import copy
+import hashlib
+import json
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -82,7 +84,9 @@ class Drift:
             self._claim(out, resume)
 
     def _claim(self, out: Path, resume: bool) -> None:
+        desk = json.dumps(_plain(asdict(self.desk.spec)), sort_keys=True)
         wanted = {"config": _plain(asdict(self.config)), "vocabulary": self.vocabulary.fingerprint}
+        wanted["desk"] = hashlib.sha256(desk.encode()).hexdigest()[:16]
         path = out / "config.json"
         if path.exists() and not resume:
             raise StoreError(f"{out} already holds a run; add --resume or choose another --out")
@@ -251,12 +255,10 @@ class Drift:
             if self.ppo.steps in self.config.log_batches:
                 self._keep(rollout)
             self.progress("ppo", self.ppo.steps, self.config.steps, metrics)
-            if self.ppo.steps % self.config.audit.every == 0 or self._last():
+            last = self.ppo.steps == self.config.steps
+            if self.ppo.steps % self.config.audit.every == 0 or last:
                 self._audit()
                 self._save_ppo()
-
-    def _last(self) -> bool:
-        return self.ppo.steps == self.config.steps
 
     def _audit(self) -> None:
         start = time.perf_counter()
@@ -337,11 +339,11 @@ def pick_device(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values only: numpy scalars as Python's, tuples as lists, nan as None."""
+    """JSON values only: numpy scalars as Python's, tuples and sets as lists, nan as None."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+    if isinstance(value, list | tuple | frozenset):
+        return [_plain(v) for v in (sorted(value) if isinstance(value, frozenset) else value)]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not np.isfinite(value) else value
