@@ -162,9 +162,10 @@ def batch_facts(
     """The case's three facts in one PPO batch, for answers to prompts of one stratum.
 
     Verbose answers carry at least `verbose_padding` of padding, concise ones are correct and carry
-    none. KL is the log-ratio summed over an answer; the advantage is the mean over its tokens,
-    averaged over answers; the share of KL is that of absolute log-ratios in the top tenth of the
-    batch's tokens. A group without answers gives nan.
+    none. "kl" is the log-ratio to the reference summed over an answer (of a chosen group, so not a
+    KL, and free to be negative); the advantage is the mean over an answer's tokens, averaged over
+    answers; the positive share is one of tokens; the last share is that of absolute log-ratios
+    held by the top tenth of all tokens of the batch. A group without answers gives nan.
     """
     grades = grade(auditor.desk, prompts, rollout.responses, rollout.mask)
     here = np.array([prompt.stratum == stratum for prompt in prompts])
@@ -175,7 +176,7 @@ def batch_facts(
     log_ratio = rollout.logprobs - rollout.ref_logprobs
     kl = log_ratio.sum(1).cpu().numpy()
     advantage = (rollout.advantages.sum(1) / lengths).cpu().numpy()
-    positive = (((rollout.advantages > 0) & mask).sum(1) / lengths).cpu().numpy()
+    positive = ((rollout.advantages > 0) & mask).cpu().numpy()[verbose]
     sizes = log_ratio[mask].abs().sort(descending=True).values
     matched = auditor.matched_gaps([p for p, h in zip(prompts, here, strict=True) if h])
     return {
@@ -184,7 +185,7 @@ def batch_facts(
         "kl_concise_nats": _mean(kl[concise]),
         "advantage_verbose": _mean(advantage[verbose]),
         "advantage_concise": _mean(advantage[concise]),
-        "positive_token_share_verbose": _mean(positive[verbose]),
+        "positive_token_share_verbose": _mean(positive[mask.cpu().numpy()[verbose]]),
         "kl_share_top_decile": float(sizes[: len(sizes) // 10].sum() / sizes.sum().clamp(min=1e-9)),
         "n_verbose": int(verbose.sum()),
         "n_concise": int(concise.sum()),

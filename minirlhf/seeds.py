@@ -99,7 +99,7 @@ DRIFT = (
     Claim("batch: advantage, verbose", _batch("advantage_verbose"), low=1e-9),
     Claim("batch: advantage, concise", _batch("advantage_concise"), high=-1e-9),
     Claim(
-        "batch: share of a verbose answer's tokens with advantage > 0",
+        "batch: verbose tokens with advantage > 0 (share)",
         _batch("positive_token_share_verbose"),
         low=0.70,
     ),

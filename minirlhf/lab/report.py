@@ -26,11 +26,11 @@ figure,table{break-inside:avoid}}
 """
 BATCH = {  # key -> (name, unit, format)
     "rm_gap_sd": ("RM score of one courtesy phrase on a concise answer", "reward sd", "+.2f"),
-    "kl_verbose_nats": ("KL of verbose answers", "nats per answer", "+.2f"),
-    "kl_concise_nats": ("KL of concise answers", "nats per answer", "+.2f"),
+    "kl_verbose_nats": ("log-ratio to the reference, verbose answers", "nats per answer", "+.2f"),
+    "kl_concise_nats": ("log-ratio to the reference, concise answers", "nats per answer", "+.2f"),
     "advantage_verbose": ("advantage of verbose answers", "mean over tokens", "+.2f"),
     "advantage_concise": ("advantage of concise answers", "mean over tokens", "+.2f"),
-    "positive_token_share_verbose": ("tokens of a verbose answer with A > 0", "share", ".0%"),
+    "positive_token_share_verbose": ("tokens of verbose answers with A > 0", "share", ".0%"),
     "kl_share_top_decile": ("|log-ratio| held by a tenth of the tokens", "share", ".0%"),
     "n_verbose": ("verbose answers to brief prompts", "count", ".0f"),
     "n_concise": ("concise answers to brief prompts", "count", ".0f"),

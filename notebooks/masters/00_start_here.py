@@ -137,7 +137,7 @@ Picture(batch_figure(batch))
 print("measured:")
 print(f"(c) advantage: verbose {batch['advantage_verbose']:+.2f},")
 print(f"    concise {batch['advantage_concise']:+.2f}")
-print(f"    {batch['positive_token_share_verbose']:.0%} of a verbose answer's tokens are pushed up")
+print(f"    {batch['positive_token_share_verbose']:.0%} of the verbose tokens are pushed up")
 print(
     f"    a tenth of the batch's tokens holds {batch['kl_share_top_decile']:.0%} of all |log-ratio|"
 )
