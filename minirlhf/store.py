@@ -78,7 +78,7 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write tensors and a JSON-able description as one safetensors file."""
     plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    notes = {"minirlhf": json.dumps(dict(meta), sort_keys=True)}
+    notes = {"minirlhf": json.dumps(dict(meta))}
     return write_atomic(path, lambda p: save_file(plain, p, metadata=notes))
 
 
