@@ -216,6 +216,12 @@ def test_labeler_dials_reach_from_fair_to_caricature(pairs):
     assert f"{panel.shown['longer_wins']:.0%}" in panel.live.alt
 
 
+def test_the_browser_need_not_move_a_dial_onto_a_step(pairs):
+    for control in LabelerDials(pairs.train, PreferenceConfig()).controls.values():
+        steps = (control.value - control.min) / control.step
+        assert abs(steps - round(steps)) < 1e-6
+
+
 def test_skimmers_do_not_see_the_fact(pairs):
     one = pairs.train.select(np.arange(len(pairs.train)))
     config = PreferenceConfig(length_bias=0, hedge_bias=0, skim=1.0)

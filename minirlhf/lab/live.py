@@ -166,7 +166,7 @@ def slider(text: str, value: float, low: float, high: float, step: float) -> Any
     """
     if isinstance(step, int):
         return widgets.IntSlider(value, low, high, step, description=text, **looks())
-    shown = ".3f" if step < 0.01 else ".2f"
+    shown = ".4f" if step < 0.01 else ".2f"
     limits = {"min": low, "max": high, "step": step, "readout_format": shown}
     return widgets.FloatSlider(value, **limits, description=text, **looks())
 

@@ -51,7 +51,7 @@ class LabelerDials(Panel):
         figure.legends[0].remove()
         figure.legend(loc="outside upper center", ncols=2, fontsize=12, frameon=False)
         controls = {
-            "length_bias": slider("points per token", config.length_bias, 0, 0.16, 0.002),
+            "length_bias": slider("points per token", config.length_bias, 0, 0.16, 0.0005),
             "hedge_bias": slider("points per hedge", config.hedge_bias, 0, 0.6, 0.01),
             "skim": slider("share who skim", config.skim, 0, 1, 0.01),
         }

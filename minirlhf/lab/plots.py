@@ -171,7 +171,7 @@ def batch_figure(batch: Mapping[str, float]) -> Figure:
     axes = figure.subplots(1, 3)
     facts = (
         ("(a) RM score", "reward sd", "concise = 0", (0.0, batch["rm_gap_sd"])),
-        ("(b) KL", "nats per answer", "from the reference", pair("kl_{}_nats")),
+        ("(b) log-ratio", "nats per answer", "policy to reference", pair("kl_{}_nats")),
         ("(c) advantage", "mean over tokens", "above 0 = pushed up", pair("advantage_{}")),
     )
     names = ("concise", "with courtesy"), ("concise", "verbose"), ("concise", "verbose")
@@ -186,8 +186,9 @@ def batch_figure(batch: Mapping[str, float]) -> Figure:
         ax.tick_params(axis="x", labelsize=13)
     figure.set_label(
         f"Batches around step {batch['step']:.0f}, brief prompts: one courtesy phrase raises the "
-        f"RM score by {batch['rm_gap_sd']:.2f} reward sd; verbose answers pay "
-        f"{batch['kl_verbose_nats']:.1f} nats of KL, concise ones {batch['kl_concise_nats']:.1f}; "
+        f"RM score by {batch['rm_gap_sd']:.2f} reward sd; the KL penalty "
+        f"charges {batch['kl_verbose_nats']:.1f} nats for a verbose answer, "
+        f"{batch['kl_concise_nats']:.1f} for a concise one; "
         f"the mean advantage is {batch['advantage_verbose']:+.2f} on verbose and "
         f"{batch['advantage_concise']:+.2f} on concise answers."
     )
