@@ -131,9 +131,13 @@ class SeedsRun:
     """the table as Markdown"""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "jobs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("seeds", 1), ("fresh", 0), ("jobs", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.seeds > 100:
+            raise ValueError(
+                f"seeds is {self.seeds}; it must be at most 100, where the fresh ones begin"
+            )
 
 
 @dataclass(frozen=True)

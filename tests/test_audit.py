@@ -95,7 +95,9 @@ def test_an_entry_is_the_grades_of_the_answers_behind_it():
     one = auditor(seed=3)
     policy = model(1)
     entry, rows = one(policy, 7)
-    assert repr((entry, rows)) == repr(one(policy, 7)), "the same policy is measured in the same way"
+    assert repr((entry, rows)) == repr(one(policy, 7)), (
+        "the same policy is measured in the same way"
+    )
     assert len(rows) == 10 and {row["step"] for row in rows} == {7} == {entry["step"]}
     assert entry["rm_score_sd"] == pytest.approx(np.mean([row["rm_score_sd"] for row in rows]))
     for probe, row in zip(one.probes, rows, strict=True):
@@ -197,7 +199,7 @@ def test_batch_facts_by_hand():
     assert found["kl_concise_nats"] == pytest.approx((-0.3 + 1.2) / 2)
     assert found["advantage_verbose"] == pytest.approx(((9 - 4) / 10 - 1 + 3) / 3)
     assert found["advantage_concise"] == pytest.approx((-2 + 0.5) / 2)
-    assert found["positive_token_share_verbose"] == pytest.approx((0.9 + 0 + 1) / 3)
+    assert found["positive_token_share_verbose"] == pytest.approx((9 + 0 + 8) / (10 + 17 + 8))
     # 60 tokens, the top six: three of 9 nats and three of 2
     sizes = sum(abs(r) * n for r, n in zip(ratios, lengths, strict=True))
     assert found["kl_share_top_decile"] == pytest.approx((3 * 9 + 3 * 2) / sizes)
