@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from minirlhf.desk import Desk
-from minirlhf.lab.first_look import FirstLook
+from minirlhf.lab.first_look import FirstLook, _text_html
 from minirlhf.lab.live import LiveFigure, Panel, slider
 from minirlhf.lab.panels import LabelerDials, NextWord, expected_bias
 from minirlhf.lab.plots import blank
@@ -152,6 +152,13 @@ def test_first_look_escapes_and_survives_odd_answers():
         page = look.children[2].value
         assert "<script>" not in page and "cut off" in page
         assert pixels(look.still()[0]).shape[1] == 960
+
+
+def test_a_desk_may_hold_any_word_in_its_prompts():
+    look = FirstLook(case())
+    row = look.shown["now"] | {"prompt": "eta <b> . when & why ? <sep>"}
+    page = _text_html({"before": row, "now": row}, [[], []])
+    assert "eta &lt;b&gt; . when &amp; why ?" in page and "<sep>" not in page
 
 
 def test_first_look_fits_a_small_screen():
