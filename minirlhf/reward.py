@@ -118,6 +118,7 @@ def train_reward(
             f"{len(pairs.prompts)} pairs do not fill one batch of {config.batch}: draw more pairs "
             "or lower reward.batch"
         )
+    model.trunk.requires_grad_(True)  # it may be a copy of a reference that PPO froze
     decay, betas = config.weight_decay, (0.9, 0.98)
     optimiser = FlatAdamW(model.trunk, lr=config.lr, betas=betas, weight_decay=decay)
     count = len(pairs.prompts)
