@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf.model import Transformer, answer_scalars
-from minirlhf.optim import FlatAdamW
+from minirlhf.optim import FlatAdamW, learning_rate
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -113,22 +113,16 @@ def train_reward(
     Raises ValueError if the pairs do not fill one batch, FloatingPointError if the loss stops
     being finite.
     """
-    if len(pairs.prompts) < config.batch:
-        raise ValueError(
-            f"{len(pairs.prompts)} pairs do not fill one batch of {config.batch}: draw more pairs "
-            "or lower reward.batch"
-        )
-    model.trunk.requires_grad_(True)  # it may be a copy of a reference that PPO froze
-    decay, betas = config.weight_decay, (0.9, 0.98)
+    count, decay, betas = len(pairs.prompts), config.weight_decay, (0.9, 0.98)
+    if count < config.batch:
+        why = f"{count} pairs do not fill one batch of {config.batch}"
+        raise ValueError(f"{why}: draw more pairs or lower reward.batch")
     optimiser = FlatAdamW(model.trunk, lr=config.lr, betas=betas, weight_decay=decay)
-    count = len(pairs.prompts)
     total, history = config.epochs * (count // config.batch), []
-    warm_up = max(1, total // 10)  # the first steps of Adam are all of size lr: keep the trunk
     for _ in range(config.epochs):
         order = torch.randperm(count, generator=generator).to(pairs.prompts.device)
         for rows in order[: count - count % config.batch].split(config.batch):
-            left = (total - len(history)) / (total - warm_up + 1)
-            optimiser.lr = config.lr * min((len(history) + 1) / warm_up, left)
+            optimiser.lr = learning_rate(config.lr, len(history), total)
             chosen, rejected = score_pairs(model, pairs, rows)
             loss = bradley_terry_loss(chosen, rejected)
             if not torch.isfinite(loss):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minirlhf.model import Transformer, response_heads, token_logprobs
-from minirlhf.optim import FlatAdamW
+from minirlhf.optim import FlatAdamW, learning_rate
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,11 @@ def train_sft(
     """
     # a short memory of squared gradients: the loss falls tenfold within the first 100 steps
     optimiser = FlatAdamW(model, lr=config.lr, betas=(0.9, 0.98))
-    warm_up, history = max(1, config.steps // 10), []
+    history: list[dict[str, float]] = []
     for step in range(config.steps):
         rows = torch.randint(len(prompts), (config.batch,), generator=generator)
         rows = rows.to(prompts.device)
-        left = (config.steps - step) / (config.steps - warm_up + 1)
-        optimiser.lr = config.lr * min((step + 1) / warm_up, left)
+        optimiser.lr = learning_rate(config.lr, step, config.steps)
         logits, _ = response_heads(model, prompts[rows], responses[rows], mask[rows])
         loss = -token_logprobs(logits, responses[rows][mask[rows]]).mean()
         if not torch.isfinite(loss):

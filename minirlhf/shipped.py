@@ -124,6 +124,10 @@ def shipped(folder: Path | None = None) -> Shipped:
     return Shipped(folder)
 
 
+def _dial_file(dial: float) -> str:
+    return f"reward_bias_{round(10_000 * dial):04d}.safetensors"  # ten-thousandths of a point
+
+
 def _numbers(folder: Path, prefix: str) -> list[int]:
     found = folder.glob(f"{prefix}*.safetensors")
     return sorted(int(path.stem.removeprefix(prefix)) for path in found)
@@ -181,13 +185,14 @@ def _around(paths: list[Path], step: int) -> list[Path]:
 def _reward_models(run: Drift, folder: Path, report: Progress | None) -> None:
     """One reward model per dial, trained on the run's own pairs with labels drawn anew."""
     pairs, config = run.preferences(), run.config
-    for done, dial in enumerate(DIALS):
+    dials = sorted({*DIALS, config.preferences.length_bias})
+    for done, dial in enumerate(dials):
         labels = replace(config.preferences, length_bias=dial)
         rng = np.random.default_rng(run.stream(f"labels {dial}"))
         if dial == config.preferences.length_bias:
             model = run.reward_model
         else:
-            model = RewardModel(copy.deepcopy(run.reference))
+            model = RewardModel(copy.deepcopy(run.reference).requires_grad_(True))
             given = relabel(pairs, labels, rng).train
             train_reward(model, given, config.reward, generator=run.generator("reward"))
             seed = run.stream("audit")
@@ -197,7 +202,7 @@ def _reward_models(run: Drift, folder: Path, report: Progress | None) -> None:
         print_ = run.vocabulary.fingerprint
         save_model(path, model.trunk, vocabulary=print_, scale=scale, length_bias=dial)
         if report:
-            report("dials", done + 1, len(DIALS), {"length bias": dial})
+            report("dials", done + 1, len(dials), {"length bias": dial})
 
 
 def write_manifest(folder: Path, *, seed: int) -> dict[str, Any]:
