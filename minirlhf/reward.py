@@ -26,11 +26,16 @@ Progress = Callable[[int, int, dict[str, float]], None]
 class RankedPairs(Protocol):
     """What training reads: prompts [N, P]; winner and loser [N, T] with their masks."""
 
-    prompts: Tensor
-    chosen: Tensor
-    chosen_mask: Tensor
-    rejected: Tensor
-    rejected_mask: Tensor
+    @property
+    def prompts(self) -> Tensor: ...  # noqa: D102
+    @property
+    def chosen(self) -> Tensor: ...  # noqa: D102
+    @property
+    def chosen_mask(self) -> Tensor: ...  # noqa: D102
+    @property
+    def rejected(self) -> Tensor: ...  # noqa: D102
+    @property
+    def rejected_mask(self) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ class RewardModel(nn.Module):
         raw = self.score(prompts, responses, mask) * self.sd + self.mean
         if not raw.std() > 1e-6:
             raise ValueError("the reward model gives every reference answer one score; train it")
-        self.mean.copy_(raw.mean()), self.sd.copy_(raw.std())
+        self.mean.copy_(raw.mean())
+        self.sd.copy_(raw.std())
 
 
 def train_reward(
