@@ -2,7 +2,7 @@
 # # 00 · Start here: the case in five minutes
 #
 # A support assistant was tuned with RLHF. Its dashboard looked better every day. Its customers
-# got longer, politer, emptier answers. This course takes that training run apart.
+# got longer, politer, vaguer answers. This course takes that training run apart.
 #
 # **After this notebook you can** say what the team saw and what it did not see, name the three
 # odd facts of its batches, and find the notebook that explains each.
@@ -148,7 +148,8 @@ assert batch["advantage_verbose"] > 0 > batch["advantage_concise"]
 #
 # One run proves nothing. The whole pipeline was run from other seeds, and again with *fair*
 # labelers: the control. Grey: range over the runs; blue: 95 % interval of the mean; diamond: the
-# mean. Made by `minirlhf seeds`.
+# mean. The settings were chosen while looking at these seeds, so the table describes them; it
+# proves nothing about others. Made by `minirlhf seeds` (`docs/seeds.md`).
 
 # %%
 claims = [row for row in run.seeds if row["threshold"]]
@@ -158,7 +159,7 @@ Picture(seeds_figure([row for row in claims if row["arm"] == "drift"][:8]))
 for arm in ("drift", "control"):
     print(arm)
     for row in (row for row in claims if row["arm"] == arm):
-        numbers = f"{row['mean']:6.1f}  {row['held']}/{row['runs']} runs {row['threshold']}"
+        numbers = f"{row['mean']:6.2f}  {row['held']}/{row['runs']} runs {row['threshold']}"
         print(f"  {row['claim']:64} {numbers}")
 
 # %% [markdown]
