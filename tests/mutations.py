@@ -336,6 +336,97 @@ MUTATIONS = [
         "test_reward.py::test_bradley_terry_loss_and_gradient_in_closed_form",
     ),
     Mutation(
+        "a fact said twice earns twice",
+        "desk.py",
+        "for key in tries - tried))",
+        "for key in tries))",
+        "test_desk.py::test_hand_graded_answers",
+    ),
+    Mutation(
+        "labels the wrong way round",
+        "preferences.py",
+        ".swap(rng.random(len(pairs)) >= p)",
+        ".swap(rng.random(len(pairs)) < p)",
+        "test_preferences.py::test_labels_fall_as_often_as_their_probability_says",
+    ),
+    Mutation(
+        "the critic's fit counts tokens, not answers",
+        "critic.py",
+        "share = 1 / rollout.lengths[:, None]",
+        "share = 1 / torch.ones_like(rollout.lengths)[:, None]",
+        "test_critic.py::test_the_fit_is_weighted_ridge_regression_by_another_solver",
+    ),
+    Mutation(
+        "the critic's fit sees the next reward only",
+        "critic.py",
+        "rollout.rewards.flip(1).cumsum(1).flip(1)",
+        "rollout.rewards",
+        "test_critic.py::test_a_planted_linear_value_is_recovered",
+    ),
+    Mutation(
+        "strata by label instead of by the reference's own length",
+        "audit.py",
+        "np.where(self.reference_length < config.brief_below, *STRATA)",
+        "np.array([prompt.stratum for prompt in self.probes])",
+        "test_audit.py::test_strata_are_measured_from_the_references_own_lengths",
+    ),
+    Mutation(
+        "a wrong answer counts as a concise one",
+        "audit.py",
+        'concise = here & (grades["padding_tokens"] == 0) & grades["correct"]',
+        'concise = here & (grades["padding_tokens"] == 0)',
+        "test_audit.py::test_batch_facts_by_hand",
+    ),
+    Mutation(
+        "the top tenth of tokens and padding",
+        "audit.py",
+        "sizes = log_ratio[mask].abs()",
+        "sizes = log_ratio.flatten().abs()",
+        "test_audit.py::test_batch_facts_by_hand",
+    ),
+    Mutation(
+        "every stage draws the same random numbers",
+        "drift.py",
+        "[self.config.seed, zlib.crc32(name.encode())]",
+        "[self.config.seed, 0]",
+        "test_drift.py::test_every_stage_draws_from_a_stream_of_its_own",
+    ),
+    Mutation(
+        "the checkpoint before its own audit",
+        "drift.py",
+        "                self._audit()\n                self._save_ppo()\n",
+        "                self._save_ppo()\n                self._audit()\n",
+        "test_drift.py::test_killed_before_any_step_and_resumed_is_the_same_run",
+    ),
+    Mutation(
+        "a resumed run forgets the steps before",
+        "drift.py",
+        '        for name in ("history", "metrics", "answers", "batches"):\n',
+        '        for name in ("history", "answers", "batches"):\n',
+        "test_drift.py::test_killed_before_any_step_and_resumed_is_the_same_run",
+    ),
+    Mutation(
+        "a claim is held whatever its threshold",
+        "seeds.py",
+        "(values >= claim.low)",
+        "(values > -np.inf)",
+        "test_seeds.py::test_a_threshold_that_is_missed_is_not_held",
+    ),
+    Mutation(
+        "a rebuild that removes a lecturer's files",
+        "shipped.py",
+        "for pattern in OURS for path in folder.glob(pattern)",
+        'for path in folder.rglob("*.safetensors")',
+        "test_shipped.py::test_a_rebuild_removes_what_is_stale_and_nothing_else",
+    ),
+    Mutation(
+        "an error that ends with status 0",
+        "cli.py",
+        '        print(f"minirlhf: {error}", file=sys.stderr)\n        return 1\n',
+        '        print(f"minirlhf: {error}", file=sys.stderr)\n        return 0\n',
+        "test_bad_input.py::test_on_the_command_line",
+    ),
+    Mutation(
         "a file is written where it is read",
         "store.py",
         "        write(scratch)\n        scratch.replace(path)\n",
@@ -346,11 +437,13 @@ MUTATIONS = [
 
 
 def copy_project(to: Path) -> None:
-    """Package, tests and settings, without what was compiled."""
+    """Package, tests, settings and the desk, without what was compiled."""
     ignore = shutil.ignore_patterns("__pycache__")
     for folder in ("minirlhf", "tests"):
         shutil.copytree(ROOT / folder, to / folder, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", to)
+    (to / "data").mkdir()
+    shutil.copy(ROOT / "data" / "desk.toml", to / "data")
 
 
 def run_tests(project: Path, tests: Iterable[str]) -> tuple[int, str]:
