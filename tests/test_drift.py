@@ -443,7 +443,7 @@ def test_devices(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_run_on_a_gpu_ends_where_one_on_the_cpu_does():
+def test_a_run_on_a_gpu_goes_through_with_a_finite_kl():
     there, here = run(None, device="cuda"), run(None)
     assert there["reference"]["brief"]["n"] == here["reference"]["brief"]["n"]
     assert there["raw_pairs"]["n"] == here["raw_pairs"]["n"]
