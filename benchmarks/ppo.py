@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirlhf import cores
 from minirlhf.generate import sample
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.ppo import PPO, PPOConfig
@@ -60,7 +61,11 @@ def prompt_table(shape: Any, rows: int) -> Tensor:
 
 
 def factory(shape: Any, *, eos_rate: float = 0.0) -> Once:
-    """One whole PPO.step() a call: rollout, scores, advantages, epochs x minibatches updates."""
+    """One whole PPO.step() a call: rollout, scores, advantages, epochs x minibatches updates.
+
+    Threads given to torch become cores of ours: chunks side by side, one thread an operation.
+    """
+    cores.use(torch.get_num_threads())
     policy = end_at(transformer(shape, 0), eos_rate)
     config = PPOConfig(
         batch=shape.batch,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minirlhf.advantages import last_token
+from minirlhf.cores import in_chunks
 from minirlhf.text import PAD
 
 CHUNK = 16  # rows that go through the blocks together
@@ -166,7 +167,7 @@ class Transformer(nn.Module):
         if tokens.is_cpu and len(tokens) > CHUNK:
             order = valid.sum(1).argsort(stable=True)
             parts = zip(*(x[order].split(CHUNK) for x in (tokens, valid, keep)), strict=True)
-            x = torch.cat([self.states(*part) for part in parts])
+            x = in_chunks(self.states, list(parts), list(self.parameters()))
             number = (keep.flatten().cumsum(0) - 1).view_as(keep)[order].masked_select(keep[order])
             return torch.empty_like(x).index_copy_(0, number, x)  # rows as they were given
         packing = Packing(valid, keep, self.config.n_head, self.tokens.weight.dtype)

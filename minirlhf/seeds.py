@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from joblib import Parallel, delayed
 
+from minirlhf import cores
 from minirlhf.drift import Drift, DriftConfig
 
 Summary = dict[str, Any]
@@ -127,8 +127,8 @@ CONTROL = (
 
 
 def run_one(config: DriftConfig) -> Summary:
-    """One run in memory, on one thread (so that a run is the same alone and beside others)."""
-    torch.set_num_threads(1)
+    """One run in memory, on one core: other runs have the others."""
+    cores.use(1)
     return Drift(config).run()
 
 

@@ -34,6 +34,20 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     Mutation(
+        "several cores hand their gradients to the wrong chunks' order",
+        "cores.py",
+        "ctx.walks[ctx.number].result()",
+        "ctx.walks[-1 - ctx.number].result()",
+        "test_cores.py::test_values_and_gradients_have_the_bits_of_one_core",
+    ),
+    Mutation(
+        "a worker thread computes with the gradient mode of a fresh thread",
+        "cores.py",
+        "torch.inference_mode(inference), torch.set_grad_enabled(bool(learners))",
+        "torch.set_grad_enabled(True)",
+        "test_cores.py::test_only_parameters_that_learn_get_a_gradient_and_none_without_grad",
+    ),
+    Mutation(
         "k1 with the wrong sign",
         "kl.py",
         "    return logprobs - ref_logprobs\n",

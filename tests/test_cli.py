@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from test_seeds import summary
 
 import minirlhf
-from minirlhf import cli
+from minirlhf import cli, cores
 from minirlhf.cli import main
 from minirlhf.desk import Desk
 
@@ -26,9 +25,8 @@ SMALL = ["--quick", *(str(word) for option in SMALL.items() for word in option)]
 
 @pytest.fixture(autouse=True)
 def _threads():
-    before = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    cores.use(1)
 
 
 def said(capsys, *argv: str) -> tuple[int, str, str]:

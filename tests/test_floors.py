@@ -18,7 +18,18 @@ FLOORS = {
     | {"doctor"},
     3: {"sft", "preferences", "reward", "ppo", "ppo_config", "critic", "oracle"},
     2: {"desk", "deskfile", "generate"},
-    1: {"text", "model", "optim", "kl", "advantages", "rollout", "store", "metrics", "__init__"},
+    1: {
+        "text",
+        "model",
+        "optim",
+        "kl",
+        "advantages",
+        "rollout",
+        "store",
+        "metrics",
+        "cores",
+        "__init__",
+    },
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 CORE = {"text", "model", "generate", "kl", "advantages", "rollout", "reward", "ppo", "oracle"}

@@ -1,0 +1,112 @@
+"""Chunks of a batch on several cores, with the bits of one.
+
+A batch goes through the blocks in chunks of rows (model.states) that need nothing of each other,
+and torch lets go of Python's lock inside its operations: so worker threads take chunks side by
+side. Backward, autograd walks a graph on one thread; therefore every chunk has a graph of its
+own and stands in the main graph as one node. When the gradient has reached the gate in front of
+these nodes, workers walk the chunks' graphs; the nodes then hand out what was found, last chunk
+first, which is the order in which one thread would have added it up.
+
+Preferred to threads inside each operation (torch.set_num_threads): those change the order of
+sums, gain no more at this size, and spin while another program has the core. Left out: sampling,
+whose steps are too small to share; double backward.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def available() -> int:
+    """Cores that this process may run on."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def use(count: int) -> None:
+    """From now on, `count` chunks at a time, each operation on one thread.
+
+    Raises ValueError if count < 1.
+    """
+    global _pool
+    if count < 1:
+        raise ValueError(f"cannot compute on {count} cores; give at least 1")
+    torch.set_num_threads(1)
+    one = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    _pool = ThreadPoolExecutor(count, "minirlhf-core", **one) if count > 1 else None
+
+
+def in_chunks(
+    function: Callable[..., Tensor], parts: Sequence[tuple[Tensor, ...]], parameters: list[Tensor]
+) -> Tensor:
+    """torch.cat([function(*part) for part in parts]), on as many cores as `use` was told.
+
+    Gradients reach `parameters`, and nothing else that `function` may read.
+    """
+    if _pool is None:
+        return torch.cat([function(*part) for part in parts])
+    inference, learns = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    learners = [p for p in parameters if p.requires_grad] if learns else []
+
+    def forward(part: tuple[Tensor, ...]) -> Tensor:  # a thread has grad modes of its own
+        with torch.inference_mode(inference), torch.set_grad_enabled(bool(learners)):
+            return function(*part)
+
+    found = list(_pool.map(forward, parts))
+    if not learners:
+        return torch.cat(found)
+    walks: list[Future] = []
+    nodes = [_Chunk.apply(i, x.detach(), walks, *learners) for i, x in enumerate(found)]
+    return _Gate.apply(_pool, found, learners, walks, *nodes)  # type: ignore[return-value]
+
+
+class _Chunk(torch.autograd.Function):
+    """One chunk, as the main graph sees it: out of the parameters, into the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, number: int, x: Tensor, walks: list[Future], *learners: Tensor) -> Tensor:
+        ctx.number, ctx.walks = number, walks
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return (None, None, None, *ctx.walks[ctx.number].result())
+
+
+class _Gate(torch.autograd.Function):
+    """The chunks' states, end to end; backward it sets the workers off, last chunk first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pool: ThreadPoolExecutor,
+        found: list[Tensor],
+        learners: list[Tensor],
+        walks: list[Future],
+        *nodes: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(*found)  # let go with the main graph, unless that is retained
+        ctx.pool, ctx.learners, ctx.walks = pool, learners, walks
+        return torch.cat(nodes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        found = ctx.saved_tensors
+        grads = grad.split([len(x) for x in found])
+
+        def walk(i: int) -> tuple[Tensor, ...]:
+            asked = {"retain_graph": True, "allow_unused": True}
+            return torch.autograd.grad(found[i], ctx.learners, grads[i], **asked)
+
+        started = {i: ctx.pool.submit(walk, i) for i in reversed(range(len(found)))}
+        ctx.walks[:] = [started[i] for i in range(len(found))]
+        return (None, None, None, None, *grads)
