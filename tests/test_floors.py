@@ -16,7 +16,8 @@ FLOORS = {
     5: {"lab", "runs", "cli", "__main__"},
     4: {"audit", "autopsy", "remedies", "sweep", "drift", "drift_config", "seeds", "shipped"}
     | {"doctor"},
-    3: {"sft", "preferences", "reward", "ppo", "ppo_config", "critic", "oracle"},
+    3: {"sft", "preferences", "reward", "ppo", "ppo_config", "critic", "oracle"}
+    | {"pocket", "bridge"},
     2: {"desk", "deskfile", "generate"},
     1: {
         "text",
@@ -35,6 +36,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 CORE = {"text", "model", "generate", "kl", "advantages", "rollout", "reward", "ppo", "oracle"}
 # PPO and rewards know nothing of customer support
 NO_SUPPORT = CORE | {"autopsy", "optim", "store", "metrics", "ppo_config", "critic"}
+NO_SUPPORT |= {"cores", "pocket", "bridge"}
 SUPPORT = {"desk", "deskfile", "preferences"}
 DRAWING = {"matplotlib", "ipywidgets", "IPython", "PIL"}
 
