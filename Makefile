@@ -18,11 +18,11 @@ endif
 PY    := $(BIN)/python
 STAMP := $(VENV)/.installed
 
-# One thread: repeatable to the last bit, and faster than two at this model's size.
+# One thread an operation: repeatable to the last bit, and no process spins for another's core.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lab test lint types masters pytest data notebooks format table clean
+.PHONY: help venv lab test lint types masters pytest slow data notebooks format table clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ masters: venv
 pytest: venv
 	$(ONE_THREAD) $(PY) -m pytest -q --durations=5 tests notebooks --nbval --nbval-current-env \
 	--nbval-cell-timeout=120 --nbval-sanitize-with=notebooks/sanitize.cfg $(PYTEST_FLAGS)
+
+slow: venv  ## train PPO to its end against theory and write docs/ladder.md (about 10 minutes)
+	$(ONE_THREAD) $(PY) -m pytest -q -m slow --durations=5 tests $(PYTEST_FLAGS)
 
 data: venv  ## rebuild data/ (checkpoints, batches, MANIFEST.json) from nothing
 	$(ONE_THREAD) $(PY) -m minirlhf.cli data

@@ -36,8 +36,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
         scratch.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        todo = "a file stands where a folder is needed, so" if blocked else "free some space or"
         raise StoreError(
-            f"cannot write {path}: {reason}; free some space or choose another folder "
+            f"cannot write {path}: {reason}; {todo} choose another folder "
             "(an earlier version of the file is untouched)"
         ) from error
     finally:

@@ -49,7 +49,8 @@ class Vocabulary:
             return [self._ids[word] for word in text.split()]
         except KeyError as missing:
             word = str(missing.args[0])
-            near = difflib.get_close_matches(word, self.words, n=3) or list(self.words[3:6])
+            near = difflib.get_close_matches(word, self.words, n=3)
+            near = near or [w for w in self.words if w.isalpha()][:3]
             raise UnknownWord(
                 f"unknown word {word!r} in {text!r}; the {len(self)} known words include "
                 f"{', '.join(near)} (write punctuation as a word of its own: 'friday .')"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from ladder import COMMAND, Ladder
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -27,3 +28,46 @@ def _no_global_rng():
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state()), "something drew from torch's global RNG"
+
+
+LADDER = pytest.StashKey[Ladder]()
+LEFT_OUT, RAN, FAILED = [], [], []  # names of slow tests
+
+
+@pytest.fixture(scope="session")
+def ladder(pytestconfig) -> Ladder:
+    """Where a slow test records its claims; `make slow` turns them into docs/ladder.md."""
+    return pytestconfig.stash[LADDER]
+
+
+def pytest_configure(config):
+    config.stash[LADDER] = Ladder()
+
+
+def pytest_deselected(items):
+    LEFT_OUT.extend(item.name for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_runtest_logreport(report):
+    if "slow" in report.keywords:
+        if report.when == "call":
+            RAN.append(report.location[2])
+        if report.failed:
+            FAILED.append(report.location[2])
+
+
+def pytest_sessionfinish(session):
+    """Write the table, but only after a run in which every slow test came to an end."""
+    config = session.config
+    table, root = config.stash[LADDER], config.rootpath
+    if not table.rows:
+        return
+    whole = [root / arg for arg in config.args] == [root / "tests"] and not LEFT_OUT
+    why = "" if whole else "only a part of the slow tests was asked for"
+    if whole and len(RAN) < session.testscollected:
+        why = f"only {len(RAN)} of {session.testscollected} slow tests came to an end"
+    target = root / "docs" / "ladder.md"
+    if not why:
+        target.write_text(table.markdown(FAILED), encoding="utf-8")
+    what = f"not written: {why}; use `{COMMAND}`" if why else "written"
+    print(f"\n{target.relative_to(root)} {what}")

@@ -159,7 +159,7 @@ BAD = [
     Bad(truncated, ("model.safetensors", "is damaged", "restore it or make it anew")),
     Bad(not_a_checkpoint, ("model.safetensors", "not a safetensors file", "restore it")),
     Bad(in_use, ("run", "already holds a run", "add --resume or choose another --out")),
-    Bad(out_is_a_file, ("cannot write", "config.json", "choose another folder")),
+    Bad(out_is_a_file, ("cannot write", "config.json", "a file stands where a folder")),
     Bad(read_only, ("config.json", "Read-only file system", "choose another folder")),
     Bad(full_disk, ("reference.safetensors", "No space left", "free some space")),
     Bad(loss_is_nan, ("PPO loss is nan", "in step 4", "lower ppo.lr")),

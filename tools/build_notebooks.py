@@ -1,8 +1,11 @@
 """Build notebooks/NN_name.ipynb from notebooks/masters/NN_name.py, executed; or check them.
 
-A master is a script in percent format (`# %%`, `# %% [markdown]`, `# %% tags=["exercise"]`): the
+A master is a script in percent format (`# %%`, `# %% [markdown]`, `# %% tags=["reveal"]`): the
 source of truth, reviewed like code. The notebook is built from it, run from top to bottom in a
 fresh kernel and committed with its outputs, so that it can be read where no kernel runs.
+
+A master with exercises makes two editions. The student's leaves the solutions out and puts each,
+folded, behind its check; solved/NN_name.ipynb has them filled in. CONTRIBUTING.md has the format.
 
     python tools/build_notebooks.py [NAME ...]       build (all, or those named: 00_start_here)
     python tools/build_notebooks.py --check          run nothing: is what is committed in order?
@@ -11,6 +14,7 @@ Widgets are stored without their state: it goes stale, and a page shows the pict
 """
 
 import argparse
+import ast
 import difflib
 import hashlib
 import re
@@ -31,6 +35,12 @@ CELL_TIMEOUT = 120  # seconds, as in `make test`
 MAX_BYTES = 500_000
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+SOLVED = "solved"  # the folder of the solved editions, beside the students'
+BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
+SOLUTION = re.compile(rf"^( *){BEGIN}\n(.*?)^ *{END}(?:\n|\Z)", re.MULTILINE | re.DOTALL)
+YOUR_TURN = "...  # your turn"
+# a link to a file of the course: not a web address, not a place in the same notebook
+NEIGHBOUR = re.compile(r"(\]\()(?![a-z]+:|[/#])")
 # a folder of one person's machine, in what a cell says or printed
 OWN_PATH = re.compile(
     r"(?<![\w./:])/(?:home|root|Users|tmp|work|mnt|var|private|content)/[\w.-]+"
@@ -46,6 +56,88 @@ def read_master(path: Path) -> NotebookNode:
     for cell in notebook.cells:
         cell.metadata.pop("lines_to_next_cell", None)  # jupytext's note to itself
     return notebook
+
+
+class MasterError(ValueError):
+    """A master breaks the format of exercises; the sentence names file, cell and what to do."""
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    """Return the tags of a cell."""
+    return cell.metadata.get("tags", [])
+
+
+def exercise_fault(cells: list[NotebookNode], index: int) -> str:
+    """Say what is wrong with the markers and the exercise of one cell, or nothing."""
+    cell = cells[index]
+    lines = [line.strip() for line in cell.source.splitlines()]
+    marks = [line for line in lines if line in (BEGIN, END)]
+    if "exercise" not in tags(cell):
+        if marks:
+            return f'"{marks[0]}" outside a cell with tags=["exercise"]'
+        if "check" in tags(cell) and (index == 0 or "exercise" not in tags(cells[index - 1])):
+            return "a check does not follow an exercise: put it in the next cell"
+        return ""
+    if marks != [BEGIN, END]:
+        found = ", ".join(mark[2:] for mark in marks) or "none"
+        return f"an exercise needs one BEGIN SOLUTION and, below it, one END SOLUTION; has {found}"
+    if not SOLUTION.search(cell.source) or not SOLUTION.search(cell.source)[2].strip():
+        return "nothing stands between BEGIN SOLUTION and END SOLUTION"
+    for edition in (student(cell.source), solved(cell.source)):
+        try:
+            body = ast.parse(edition).body
+        except SyntaxError as error:
+            return f"line {error.lineno} of an edition is no Python: {error.msg}"
+        if sum(isinstance(node, ast.FunctionDef) for node in body) != 1:
+            return "an exercise defines one function"
+    if index + 1 == len(cells) or "check" not in tags(cells[index + 1]):
+        return 'an exercise has no check: the next cell needs tags=["check"]'
+    return ""
+
+
+def student(source: str) -> str:
+    """Leave the solution of an exercise out."""
+    return SOLUTION.sub(rf"\1{YOUR_TURN}\n", source).rstrip("\n")
+
+
+def solved(source: str) -> str:
+    """Leave only the markers of an exercise out."""
+    return SOLUTION.sub(r"\2", source).rstrip("\n")
+
+
+def solution_cell(source: str) -> NotebookNode:
+    """Make the folded cell that shows the solution of an exercise."""
+    code = f"```python\n{solved(source)}\n```"
+    text = f"<details><summary>Solution</summary>\n\n{code}\n\n</details>"
+    return nbformat.v4.new_markdown_cell(text, metadata={"tags": ["solution"]})
+
+
+def editions(path: Path) -> dict[str, NotebookNode]:
+    """Return the notebooks of a master by their path below notebooks/: one, or two.
+
+    Raises MasterError if markers, exercises and checks do not fit together.
+    """
+    master, name = read_master(path), f"{path.stem}.ipynb"
+    for index in range(len(master.cells)):
+        if fault := exercise_fault(master.cells, index):
+            raise MasterError(f"{path.name}, cell {index}: {fault}")
+    if not any("exercise" in tags(cell) for cell in master.cells):
+        return {name: master}
+    key, cells, source = read_master(path), [], ""
+    for cell in master.cells:
+        cells.append(cell)
+        if "exercise" in tags(cell):
+            cell.source, source = student(cell.source), cell.source
+        elif "check" in tags(cell):
+            cells.append(solution_cell(source))
+    master.cells = cells
+    for cell in key.cells:
+        if cell.cell_type == "markdown":
+            cell.source = NEIGHBOUR.sub(r"\1../", cell.source)
+        elif "exercise" in tags(cell):
+            cell.source = solved(cell.source)
+    key.cells[0].source += f"\n\n*Solved edition of [this notebook](../{name}).*"
+    return {name: master, f"{SOLVED}/{name}": key}
 
 
 def keep_ids(notebook: NotebookNode, old: NotebookNode | None) -> None:
@@ -87,26 +179,31 @@ def write_atomic(path: Path, text: str) -> None:
     half.replace(path)
 
 
-def build(master: Path, notebooks: Path = NOTEBOOKS) -> Path:
-    """Build and execute one notebook; raises CellExecutionError and writes nothing if a cell does.
+def build(master: Path, notebooks: Path = NOTEBOOKS) -> dict[str, float]:
+    """Build and execute the editions of a master; seconds by their path below `notebooks`.
 
-    Cells run in a fresh `python3` kernel with `notebooks` as working folder.
+    Cells run in a fresh `python3` kernel in the notebook's own folder, as in the lab. Raises
+    MasterError or CellExecutionError, and then writes none of them.
     """
-    target = notebooks / f"{master.stem}.ipynb"
-    notebook = read_master(master)
-    keep_ids(notebook, nbformat.read(target, as_version=4) if target.exists() else None)
-    NotebookClient(
-        notebook,
-        timeout=CELL_TIMEOUT,
-        kernel_name="python3",
-        store_widget_state=False,
-        record_timing=False,
-        resources={"metadata": {"path": str(notebooks)}},
-    ).execute()
-    settle(notebook)
-    nbformat.validate(notebook)
-    write_atomic(target, nbformat.writes(notebook) + "\n")
-    return target
+    made, seconds = editions(master), {}
+    for name, notebook in made.items():
+        start, target = time.perf_counter(), notebooks / name
+        target.parent.mkdir(exist_ok=True)
+        keep_ids(notebook, nbformat.read(target, as_version=4) if target.exists() else None)
+        NotebookClient(
+            notebook,
+            timeout=CELL_TIMEOUT,
+            kernel_name="python3",
+            store_widget_state=False,
+            record_timing=False,
+            resources={"metadata": {"path": str(target.parent)}},
+        ).execute()
+        settle(notebook)
+        nbformat.validate(notebook)
+        seconds[name] = time.perf_counter() - start
+    for name, notebook in made.items():
+        write_atomic(notebooks / name, nbformat.writes(notebook) + "\n")
+    return seconds
 
 
 def differences(master: NotebookNode, notebook: NotebookNode) -> Iterator[str]:
@@ -133,9 +230,7 @@ def unclean(notebook: NotebookNode) -> Iterator[str]:
         yield "execution counts are not 1..n: it was not run once from top to bottom"
     for index, cell in enumerate(notebook.cells):
         for output in cell.get("outputs", []):
-            if output.output_type == "error" and "raises-exception" not in cell.metadata.get(
-                "tags", []
-            ):
+            if output.output_type == "error" and "raises-exception" not in tags(cell):
                 yield f"cell {index}: an error is stored: {output.ename}"
             if output.get("name") == "stderr":
                 yield f"cell {index}: something was written to stderr"
@@ -153,22 +248,33 @@ def _text(cell: NotebookNode) -> str:
 
 
 def check(notebooks: Path = NOTEBOOKS) -> list[str]:
-    """Return every problem of the committed notebooks, each naming its file; [] if none."""
-    masters = {path.stem: path for path in (notebooks / "masters").glob("*.py")}
-    built = {path.stem: path for path in notebooks.glob("*.ipynb")}
-    problems = [f"{name}.ipynb: not built from its master" for name in masters.keys() - built]
-    problems += [f"{name}.ipynb: no master in masters/" for name in built.keys() - masters]
-    for name in masters.keys() & built:
+    """Return every problem of masters and committed notebooks, each naming its file; [] if none."""
+    problems, wanted, broken = [], {}, set()
+    for path in (notebooks / "masters").glob("*.py"):
+        try:
+            wanted |= editions(path)
+        except MasterError as error:
+            problems.append(str(error))
+            broken |= {f"{path.stem}.ipynb", f"{SOLVED}/{path.stem}.ipynb"}
+    there = [*notebooks.glob("*.ipynb"), *(notebooks / SOLVED).glob("*.ipynb")]
+    built = {path.relative_to(notebooks).as_posix(): path for path in there}
+    problems += [f"{name}: not built from its master" for name in wanted.keys() - built]
+    for name in built.keys() - wanted - broken:
+        plain = name.removeprefix(f"{SOLVED}/") in wanted
+        problems.append(
+            f"{name}: " + ("no exercises in" if plain else "no master in") + " masters/"
+        )
+    for name in wanted.keys() & built:
         try:
             # v4.reads: nbformat.read would mend doubled cell ids on the way
             notebook = nbformat.v4.reads(built[name].read_text(encoding="utf-8"))
         except (ValueError, KeyError, AttributeError) as error:
-            problems.append(f"{name}.ipynb: not a notebook: {error!r}")
+            problems.append(f"{name}: not a notebook: {error!r}")
             continue
-        found = [*differences(read_master(masters[name]), notebook), *unclean(notebook)]
+        found = [*differences(wanted[name], notebook), *unclean(notebook)]
         if (size := built[name].stat().st_size) > MAX_BYTES:
             found.append(f"{size / 1e3:.0f} kB, the limit is {MAX_BYTES / 1e3:.0f}")
-        problems += [f"{name}.ipynb: {text}" for text in found]
+        problems += [f"{name}: {text}" for text in found]
     return sorted(problems)
 
 
@@ -184,16 +290,18 @@ def main(argv: list[str] | None = None) -> int:
     if not options.check:
         for master in masters:
             if not options.names or master.stem in options.names:
-                start = time.perf_counter()
                 try:
-                    target = build(master)
+                    for name, seconds in build(master).items():
+                        print(f"{name}: {seconds:.1f} s")
+                except MasterError as error:
+                    print(error)
+                    return 1
                 except CellExecutionError as error:
                     print(f"{master.name}: a cell failed, nothing written\n{error}")
                     return 1
-                print(f"{target.name}: {time.perf_counter() - start:.1f} s")
         return 0
     problems = check()
-    print("\n".join(problems) or f"{len(masters)} notebooks: as their masters, and clean")
+    print("\n".join(problems) or f"{len(masters)} masters: their notebooks are as them, and clean")
     return int(bool(problems))
 
 
