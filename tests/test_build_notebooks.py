@@ -1,6 +1,8 @@
 """The notebook builder: what it stores, what it keeps across builds, and what its check catches."""
 
 import copy
+import subprocess
+import sys
 
 import build_notebooks as bn
 import nbformat
@@ -15,7 +17,7 @@ x = 6 * 7
 print(x)
 
 
-# %% tags=["exercise"]
+# %% tags=["smoke"]
 import ipywidgets as W
 
 W.FloatSlider(value=0.5)
@@ -28,7 +30,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
     (folder / "masters").mkdir()
     (folder / "masters" / "00_tiny.py").write_text(MASTER, encoding="utf-8")
-    bn.build(folder / "masters" / "00_tiny.py", folder)
+    assert list(bn.build(folder / "masters" / "00_tiny.py", folder)) == ["00_tiny.ipynb"]
     return folder
 
 
@@ -41,7 +43,7 @@ def test_built_notebook_is_executed_and_passes_its_own_check(built, notebook):
     assert bn.check(built) == []
     assert notebook.cells[1].outputs[0].text == "42\n"
     assert [cell.get("execution_count") for cell in notebook.cells[1:]] == [1, 2]
-    assert notebook.cells[2].metadata == {"tags": ["exercise"]}
+    assert notebook.cells[2].metadata == {"tags": ["smoke"]}
     assert bn.WIDGET in notebook.cells[2].outputs[0].data
     assert "widgets" not in notebook.metadata and "jupytext" not in notebook.metadata
 
@@ -181,3 +183,162 @@ def test_check_names_masters_and_notebooks_without_each_other(tmp_path):
 def test_web_addresses_and_fractions_are_no_paths():
     for text in ("arxiv.org/abs/1707.06347", "https://a.b/home/x", "tokens/home/x", "kl: 3/work"):
         assert bn.OWN_PATH.search(text) is None
+
+
+EXERCISES = """# %% [markdown]
+# # Two exercises: [back](00_tiny.ipynb), [out](https://arxiv.org), [down](#below)
+
+# %% tags=["exercise"]
+def double(x):
+    \"\"\"Twice x.\"\"\"
+    # BEGIN SOLUTION
+    twice = 2 * x
+    return twice
+    # END SOLUTION
+
+
+# %% tags=["check"]
+print({None: "not written yet", 6: "right"}[double(3)])
+
+# %% tags=["exercise"]
+def largest(values):
+    top = values[0]
+    for value in values:
+        # BEGIN SOLUTION
+        top = max(top, value)
+        # END SOLUTION
+    return top
+
+
+# %% tags=["check"]
+print("right" if largest([1, 3, 2]) == 3 else "the first")
+"""
+STUDENT = '''def double(x):
+    """Twice x."""
+    ...  # your turn'''
+FILLED_IN = '''def double(x):
+    """Twice x."""
+    twice = 2 * x
+    return twice'''
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A folder with a master of two exercises and both editions (two kernels, about 3 s)."""
+    folder = tmp_path_factory.mktemp("editions")
+    (folder / "masters").mkdir()
+    (folder / "masters" / "03_two.py").write_text(EXERCISES, encoding="utf-8")
+    made = bn.build(folder / "masters" / "03_two.py", folder)
+    assert list(made) == ["03_two.ipynb", "solved/03_two.ipynb"]
+    return folder
+
+
+def test_students_edition_has_stubs_and_folded_solutions(two):
+    cells = nbformat.read(two / "03_two.ipynb", as_version=4).cells
+    kinds = [cell.metadata.get("tags", [""])[0] for cell in cells]
+    assert kinds == ["", "exercise", "check", "solution", "exercise", "check", "solution"]
+    assert cells[1].source == STUDENT
+    assert "        ...  # your turn\n    return top" in cells[4].source
+    assert [cells[i].outputs[0].text for i in (2, 5)] == ["not written yet\n", "the first\n"]
+    assert cells[3].source.startswith("<details><summary>Solution</summary>")
+    assert f"```python\n{FILLED_IN}\n```" in cells[3].source
+    assert "[back](00_tiny.ipynb)" in cells[0].source
+
+
+def test_solved_edition_is_filled_in_runs_and_links_one_folder_up(two):
+    cells = nbformat.read(two / "solved" / "03_two.ipynb", as_version=4).cells
+    kinds = [cell.metadata.get("tags", [""])[0] for cell in cells]
+    assert kinds == ["", "exercise", "check", "exercise", "check"]
+    assert cells[1].source == FILLED_IN
+    assert [cells[i].outputs[0].text for i in (2, 4)] == ["right\n", "right\n"]
+    links = "[back](../00_tiny.ipynb), [out](https://arxiv.org), [down](#below)"
+    assert links in cells[0].source
+    assert "[this notebook](../03_two.ipynb)" in cells[0].source
+    for path in (two / "03_two.ipynb", two / "solved" / "03_two.ipynb"):
+        assert "SOLUTION" not in path.read_text(encoding="utf-8")
+
+
+def test_check_compares_both_editions(two, tmp_path):
+    (tmp_path / "masters").mkdir()
+    (tmp_path / "solved").mkdir()
+    (tmp_path / "masters" / "03_two.py").write_text(EXERCISES, encoding="utf-8")
+    names = "03_two.ipynb", "solved/03_two.ipynb"
+    assert bn.check(two) == []
+    assert bn.check(tmp_path) == [f"{name}: not built from its master" for name in names]
+    for name in names:  # an edition where the other one belongs
+        other = names[name == names[0]]
+        text = (two / other).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    problems = bn.check(tmp_path)
+    for name in names:
+        assert f"{name}: cell 1: source differs from the master: run `make notebooks`" in problems
+
+
+def test_a_solved_edition_that_nothing_makes_is_named(tmp_path):
+    (tmp_path / "masters").mkdir()
+    (tmp_path / "solved").mkdir()
+    (tmp_path / "masters" / "00_a.py").write_text(MASTER, encoding="utf-8")
+    for name in ("00_a", "09_z"):
+        (tmp_path / "solved" / f"{name}.ipynb").write_text("{}", encoding="utf-8")
+    assert bn.check(tmp_path) == [
+        "00_a.ipynb: not built from its master",
+        "solved/00_a.ipynb: its master has no exercise",
+        "solved/09_z.ipynb: no master in masters/",
+    ]
+
+
+BEGIN, END = "    # BEGIN SOLUTION\n", "    # END SOLUTION\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        (BEGIN, "", "cell 1: an exercise needs one BEGIN SOLUTION and, below it, one END SOLUTION"),
+        (END, "", "has BEGIN SOLUTION"),
+        (BEGIN, END, "has END SOLUTION, END SOLUTION"),
+        (BEGIN, BEGIN + BEGIN, "has BEGIN SOLUTION, BEGIN SOLUTION, END SOLUTION"),
+        ("    twice = 2 * x\n    return twice\n", "\n", "nothing stands between"),
+        ("2 * x", "2 *", "line 3 of an edition is no Python"),
+        ('"""Twice x."""', "def inner(): pass", None),
+        ("def double", "x = 1\n\n\ndef double", None),
+        ("def double", "def y(): pass\n\n\ndef double", "cell 1: an exercise defines one function"),
+        ('tags=["exercise"]\ndef double', "\ndef double", '"# BEGIN SOLUTION" outside a cell with'),
+        ('tags=["exercise"]\ndef double', "[markdown]\n# x\n\n# %%\ndef double", "cell 2: "),
+        ('tags=["check"]\nprint({', "\nprint({", "cell 1: an exercise has no check"),
+        (
+            '# %% tags=["check"]\nprint("r',
+            '# %% [markdown]\n# a\n\n# %%\nprint("r',
+            "cell 3: an ex",
+        ),
+        ('# %% tags=["check"]\nprint({', '# %%\n1\n\n# %% tags=["check"]\nprint({', "cell 1: an"),
+        (
+            "# %% [markdown]",
+            '# %% tags=["check"]\n1\n\n# %% [markdown]',
+            "cell 0: a check does not",
+        ),
+    ],
+)
+def test_broken_exercises_are_one_sentence(old, new, fault, tmp_path):
+    (tmp_path / "masters").mkdir()
+    master = tmp_path / "masters" / "03_two.py"
+    assert old in EXERCISES
+    master.write_text(EXERCISES.replace(old, new, 1), encoding="utf-8")
+    if fault is None:  # what is allowed: a function inside, a line above
+        assert len(bn.editions(master)) == 2
+        return
+    with pytest.raises(bn.MasterError) as caught:
+        bn.editions(master)
+    message = str(caught.value)
+    assert message.startswith("03_two.py, cell ") and "\n" not in message
+    assert fault in message
+    assert bn.check(tmp_path) == [message]
+
+
+def test_checks_are_found_beside_both_editions():
+    """A kernel's folder comes first on its path: the same import must work in either."""
+    for folder in (bn.NOTEBOOKS, bn.NOTEBOOKS / bn.SOLVED):
+        code = "import checks, pathlib; print(pathlib.Path(checks.__path__[0]).resolve())"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == str(bn.NOTEBOOKS / "checks")

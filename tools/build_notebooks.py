@@ -38,6 +38,7 @@ KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": 
 SOLVED = "solved"  # the folder of the solved editions, beside the students'
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 SOLUTION = re.compile(rf"^( *){BEGIN}\n(.*?)^ *{END}(?:\n|\Z)", re.MULTILINE | re.DOTALL)
+NO_MASTER = "no master in masters/"
 YOUR_TURN = "...  # your turn"
 # a link to a file of the course: not a web address, not a place in the same notebook
 NEIGHBOUR = re.compile(r"(\]\()(?![a-z]+:|[/#])")
@@ -260,10 +261,8 @@ def check(notebooks: Path = NOTEBOOKS) -> list[str]:
     built = {path.relative_to(notebooks).as_posix(): path for path in there}
     problems += [f"{name}: not built from its master" for name in wanted.keys() - built]
     for name in built.keys() - wanted - broken:
-        plain = name.removeprefix(f"{SOLVED}/") in wanted
-        problems.append(
-            f"{name}: " + ("no exercises in" if plain else "no master in") + " masters/"
-        )
+        lone = name.removeprefix(f"{SOLVED}/") in wanted
+        problems.append(f"{name}: " + ("its master has no exercise" if lone else NO_MASTER))
     for name in wanted.keys() & built:
         try:
             # v4.reads: nbformat.read would mend doubled cell ids on the way
@@ -301,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
                     return 1
         return 0
     problems = check()
-    print("\n".join(problems) or f"{len(masters)} masters: their notebooks are as them, and clean")
+    print("\n".join(problems) or f"{len(masters)} masters: all notebooks as they say, and clean")
     return int(bool(problems))
 
 
