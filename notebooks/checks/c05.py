@@ -1,0 +1,154 @@
+"""Checks of notebook 05: each runs a student's function and returns one sentence.
+
+"not written yet" for None, "right" or the name of the mistake; nothing is raised. The numbers are
+random, seeded, away from zero, and differ between rows, so that no two mistakes look alike.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf.advantages import gae, rloo_advantages, whiten
+
+
+def _compare(mine: Callable[[], Any], right: Tensor, mistakes: Mapping[str, Tensor]) -> str:
+    """The sentence for what `mine` returns, given the right answer and those of mistakes."""
+    try:
+        found = mine()
+    except Exception as error:
+        return f"your function stopped with {type(error).__name__}: {error}"
+    if found is None:
+        return "not written yet: the function returns None"
+    if not isinstance(found, Tensor):
+        return f"a {type(found).__name__} came back; return a tensor"
+    if found.shape != right.shape:
+        return f"the shape is {list(found.shape)}, expected {list(right.shape)}"
+    if not found.isfinite().all():
+        return "there are NaN or infinite entries: does something divide by 0?"
+    for name, wrong in {"right": right, **mistakes, "the sign is turned round": -right}.items():
+        if torch.allclose(found.to(right.dtype), wrong, atol=1e-4):
+            return f"{name}: {'as the library has it' if name == 'right' else 'look again'}"
+    where = (found - right).abs().flatten().argmax()
+    got, want = found.flatten()[where].item(), right.flatten()[where].item()
+    return f"not yet: entry {where.item()} is {got:.3f}, expected {want:.3f}"
+
+
+def _batch() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    rewards, values = (torch.randn(3, 6, generator=g) + 0.5 for _ in range(2))
+    lengths = torch.tensor([[6], [4], [3]])
+    mask = torch.arange(6) < lengths
+    mask[0, 2] = False  # a hole: a token that somebody else wrote
+    return rewards, values, mask
+
+
+def check_backward_gae(student: Callable[..., Any]) -> str:
+    """Exercise 1: GAE by one backward loop, with a mask."""
+    rewards, values, mask = _batch()
+    gamma, lam = 0.9, 0.8
+    every = torch.ones_like(mask)
+
+    def wrong(r: Tensor, v: Tensor, m: Tensor, g: float, k: float) -> Tensor:
+        return torch.where(mask, gae(r, v, m, gamma=g, lam=k), 0.0)
+
+    padded = torch.where(mask, values, 0.0)
+    forward = gae(rewards.flip(1), values.flip(1), mask.flip(1), gamma=gamma, lam=lam).flip(1)
+    plus = gae(rewards, -values, mask, gamma=gamma, lam=lam)
+    mistakes = {
+        "the mask is ignored": gae(rewards, values, every, gamma=gamma, lam=lam),
+        "the mask is only used at the end, what lies beyond leaks in": wrong(
+            rewards, values, every, gamma, lam
+        ),
+        "values beyond the mask are zeroed, but holes and padding still discount": wrong(
+            torch.where(mask, rewards, 0.0), padded, every, gamma, lam
+        ),
+        "lambda is left out": wrong(rewards, values, mask, gamma, 1.0),
+        "gamma is left out": wrong(rewards, values, mask, 1.0, lam),
+        "one step only, nothing is carried back": wrong(rewards, values, mask, gamma, 0.0),
+        "the loop runs forward in time": forward,
+        "the values have the wrong sign": plus,
+        "these are the returns (advantage plus value)": torch.where(
+            mask, gae(rewards, values, mask, gamma=gamma, lam=lam) + values, 0.0
+        ),
+    }
+    right = gae(rewards, values, mask, gamma=gamma, lam=lam)
+    copies = rewards.clone(), values.clone(), mask.clone()
+    return _compare(lambda: student(*copies, gamma, lam), right, mistakes)
+
+
+def check_whiten_masked(student: Callable[..., Any]) -> str:
+    """Exercise 2: mean 0 and variance 1 over the masked entries."""
+    x, _, mask = _batch()
+    x = 3 * x + 2
+    inside = x[mask]
+    mean, sd = inside.mean(), inside.std()
+    n, padded = mask.sum(), torch.where(mask, x, 0.0)
+    mistakes = {
+        "padding counts in mean and sd": torch.where(mask, (x - x.mean()) / x.std(), 0.0),
+        "padding counts as zeros in mean and sd": torch.where(
+            mask, (padded - padded.mean()) / padded.std(), 0.0
+        ),
+        "each answer is whitened for itself, so batch differences are lost": _by_row(x, mask),
+        "divided by the variance, not by its root": torch.where(mask, (x - mean) / sd**2, 0.0),
+        "the mean is not subtracted": torch.where(mask, x / sd, 0.0),
+        "not divided by the sd": torch.where(mask, x - mean, 0.0),
+        "divided by n, not by n - 1": torch.where(
+            mask, (x - mean) / (sd * ((n - 1) / n).sqrt()), 0.0
+        ),
+        "entries beyond the mask are not 0": (x - mean) / sd,
+    }
+    return _compare(lambda: student(x.clone(), mask.clone()), whiten(x, mask), mistakes)
+
+
+def _by_row(x: Tensor, mask: Tensor) -> Tensor:
+    rows = [(row - row[m].mean()) / row[m].std() for row, m in zip(x, mask, strict=True)]
+    return torch.where(mask, torch.stack(rows), 0.0)
+
+
+def check_leave_one_out(student: Callable[..., Any]) -> str:
+    """Exercise 3: each return against the mean of the others of its group."""
+    returns = torch.randn(12, generator=torch.Generator().manual_seed(6)) * 2 + 1
+    r = returns.view(3, 4)
+    sd = r.std(1, keepdim=True)
+    others = (returns.sum() - returns) / (len(returns) - 1)
+    mixed = returns.view(4, 3).T
+    mistakes = {
+        "the answer itself is in its own baseline": (r - r.mean(1, keepdim=True)).flatten(),
+        "the whole batch is the group, so prompts are compared": returns - others,
+        "divided by the group's sd (that is GRPO)": (
+            (r - r.mean(1, keepdim=True)) / (sd + 1e-4)
+        ).flatten(),
+        "the others are summed, not averaged": (r - (r.sum(1, keepdim=True) - r)).flatten(),
+        "divided by group instead of group - 1": (r - (r.sum(1, keepdim=True) - r) / 4).flatten(),
+        "the groups are taken apart: neighbours share a prompt": (
+            mixed - (mixed.sum(1, keepdim=True) - mixed) / 3
+        ).T.flatten(),
+    }
+    return _compare(lambda: student(returns.clone(), 4), rloo_advantages(returns, 4), mistakes)
+
+
+def check_clipped_surrogate(student: Callable[..., Any]) -> str:
+    """Exercise 4: Schulman's clipped surrogate, term by term."""
+    ratio = torch.tensor([[0.5, 0.9, 1.1, 1.5], [0.4, 0.95, 1.15, 1.6]])
+    a = torch.tensor([[1.5, 0.5, 2.0, 1.0], [-1.5, -0.5, -2.0, -1.0]])
+    old = torch.full_like(ratio, -1.3)
+    new, clip = old + ratio.log(), 0.2
+    bounded = ratio.clamp(1 - clip, 1 + clip)
+    right = torch.minimum(ratio * a, bounded * a)
+    turned = 1 / ratio
+    mistakes = {
+        "the ratio is upside down (old over new)": torch.minimum(
+            turned * a, turned.clamp(1 - clip, 1 + clip) * a
+        ),
+        "the log-ratio is used, exp is missing": torch.minimum(
+            ratio.log() * a, ratio.log().clamp(1 - clip, 1 + clip) * a
+        ),
+        "the book's form: only the upper side is clipped": ratio.clamp(max=1 + clip) * a,
+        "the clipped term alone, without the minimum": bounded * a,
+        "the maximum instead of the minimum": torch.maximum(ratio * a, bounded * a),
+        "not clipped at all": ratio * a,
+        "this is the loss: the surrogate is to be maximised, the sign is turned round": -right,
+    }
+    return _compare(lambda: student(new.clone(), old.clone(), a.clone(), clip), right, mistakes)
