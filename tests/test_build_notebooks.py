@@ -68,6 +68,15 @@ def test_ids_stay_with_their_cells_when_one_is_inserted(tmp_path, notebook):
     assert [cell.id for cell in again.cells] == ids
 
 
+def test_prints_are_joined_however_they_arrived():
+    def stream(text, name="stdout"):
+        return nbformat.v4.new_output("stream", name=name, text=text)
+
+    picture = nbformat.v4.new_output("display_data", data={"text/plain": "x"})
+    given = [stream("a\n"), stream("b\n"), picture, stream("c\n"), stream("d\n", "stderr")]
+    assert [o.get("text") for o in bn.joined(given)] == ["a\nb\n", None, "c\n", "d\n"]
+
+
 def test_failing_cell_leaves_the_old_notebook(tmp_path):
     (tmp_path / "bad.py").write_text("# %%\nraise ValueError('no')\n", encoding="utf-8")
     old = nbformat.v4.writes(nbformat.v4.new_notebook())

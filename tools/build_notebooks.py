@@ -162,11 +162,25 @@ def keep_ids(notebook: NotebookNode, old: NotebookNode | None) -> None:
         cell.id = name
 
 
+def joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Join prints that follow each other: how many messages they came in is chance."""
+    whole: list[NotebookNode] = []
+    for output in outputs:
+        name = output.get("name")  # streams have one
+        if name and whole and whole[-1].get("name") == name:
+            whole[-1].text += output.text
+        else:
+            whole.append(output)
+    return whole
+
+
 def settle(notebook: NotebookNode) -> None:
-    """Take out what differs from run to run: widget ids, times, the Python version."""
+    """Take out what differs from run to run: widget ids, times, where prints were cut in two."""
     notebook.metadata = NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = joined(cell.outputs)
         for index, output in enumerate(cell.get("outputs", [])):
             if WIDGET in output.get("data", {}):
                 name = f"{cell.id}/{index}"

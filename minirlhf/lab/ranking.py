@@ -1,0 +1,157 @@
+"""Figures and the panel of notebook 03: what does a reward model learn from a ranking?
+
+`chart_figure` draws curves and levels. `LengthDial` turns the labelers' length bias: their own
+preference on matched pairs moves with the dial, the reward models that were trained beforehand
+answer at the nearest one, and a button trains another on a thread of its own. What is learned is
+handed in as a function: nothing is trained in here. Left out: more than one dial at a time.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import ipywidgets as widgets
+import numpy as np
+from matplotlib.figure import Figure
+
+from minirlhf.lab.live import LiveFigure, Panel, slider
+from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, STRATUM, VERMILLION, blank, tidy
+from minirlhf.reward import Progress
+
+LOOKS = ((BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "D"), (INK, ":", "^"))
+Learned = Mapping[str, tuple[float, float]]  # stratum -> P(polite preferred), gap in reward sd
+
+
+class Chart(NamedTuple):
+    """One panel of a figure: curves (x, y) and horizontal levels, both by name."""
+
+    title: str
+    x: str
+    y: str
+    curves: Mapping[str, tuple[Any, Any]]
+    levels: Mapping[str, float] = {}
+    note: str = ""
+
+
+def chart_figure(said: str, *charts: Chart) -> Figure:
+    """Charts side by side, up to four curves each; `said` is the sentence about them."""
+    figure = blank(6.2 * len(charts), 4.2)
+    for ax, chart in zip(np.ravel(figure.subplots(1, len(charts))), charts, strict=True):
+        tidy(ax, chart.title, chart.x, chart.y, chart.note)
+        for (name, (x, y)), (color, ls, dot) in zip(chart.curves.items(), LOOKS, strict=False):
+            dots = {"marker": dot, "ms": 8} if len(x) < 20 else {}
+            ax.plot(x, y, ls, color=color, lw=2.5, label=name, **dots)
+        for (name, level), ls in zip(chart.levels.items(), ("--", ":", "-."), strict=False):
+            ax.axhline(level, color=GREY, lw=2, ls=ls, label=name)
+        ax.legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.set_label(said)
+    return figure
+
+
+class Cancelled(Exception):
+    """Raised out of a training's progress report when its panel was told to stop."""
+
+
+class LengthDial(Panel):
+    """The labelers' length bias, and what a reward model learns from it on matched pairs.
+
+    labelers(bias) gives P(the polite answer is preferred) by stratum, exactly; `computed` holds
+    what the reward models of some dials learned; learn(bias, progress) trains another and lets
+    through what `progress` raises. `shown` holds what is on screen: the dial `bias`, `labelers`,
+    the `nearest` computed dial and what was `trained` here, by dial.
+    """
+
+    def __init__(
+        self,
+        labelers: Callable[[float], Mapping[str, float]],
+        computed: Mapping[float, Learned],
+        learn: Callable[[float, Progress], Learned],
+        start: float,
+    ):
+        self._labelers, self._computed, self._learn = labelers, computed, learn
+        self._trained: dict[float, Learned] = {}
+        self.job, self._stop = threading.Thread(), threading.Event()
+        self._train = widgets.Button(description="train at this value")
+        cancel, self._note = widgets.Button(description="cancel"), widgets.HTML()
+        self._train.on_click(self.start)
+        cancel.on_click(self.stop)
+        row = widgets.HBox([self._train, cancel, self._note])
+        low, high = min(computed), max(computed)
+        controls = {"bias": slider("points per token", start, low, high, 0.0005)}
+        live = LiveFigure(self._draw(np.linspace(low, high, 33)), self._marks, width=960)
+        super().__init__("length dial", controls, live, self.show, [row])
+
+    def _draw(self, dials: np.ndarray) -> Figure:
+        figure = blank(9.6, 3.8)
+        ax = tidy(figure.subplots(), "", "length bias of the labelers, points per token")
+        ax.set_ylabel("P(the polite answer is preferred)", fontsize=12)
+        ax.axhline(0.5, color=INK, lw=1)
+        self._marks = [ax.axvline(dials[0], color=GREY, lw=1.5)]
+        for name, style in STRATUM.items():
+            color, dot = style["color"], style["marker"]
+            exact, known = [self._labelers(x)[name] for x in dials], self._computed.items()
+            ax.plot(dials, exact, color=color, ls=style["ls"], label=f"labelers, {name}")
+            pale = {"color": color, "alpha": 0.5, "label": f"RM trained beforehand, {name}"}
+            ax.plot([d for d, _ in known], [found[name][0] for _, found in known], dot, **pale)
+            for shape, label in ((dot, f"the nearest, {name}"), ("*", f"trained here, {name}")):
+                look = {"color": color, "mfc": "none" if shape == dot else color, "label": label}
+                self._marks += ax.plot([], [], shape, ms=15, mew=2, **look)
+        ax.set_ylim(0, 1)
+        ax.legend(fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure
+
+    def show(self, bias: float) -> str:
+        """Move to a dial; returns the numbers as a sentence."""
+        near, said = min(self._computed, key=lambda dial: abs(dial - bias)), self._labelers(bias)
+        trained, found = dict(self._trained), self._computed[near]
+        self.shown = {"bias": bias, "labelers": said, "nearest": near, "trained": trained}
+        self._marks[0].set_xdata([bias, bias])
+        for i, name in enumerate(STRATUM):
+            self._marks[1 + 2 * i].set_data([near], [found[name][0]])
+            stars = [(dial, got[name][0]) for dial, got in trained.items()]
+            self._marks[2 + 2 * i].set_data([d for d, _ in stars], [p for _, p in stars])
+        here = "".join(f" Trained here at {dial:.4f}: {_told(g)}." for dial, g in trained.items())
+        shares = " and ".join(f"{share:.0%} on {name}" for name, share in said.items())
+        return (
+            f"At {bias:.4f} points per token labelers prefer the polite answer in {shares} prompts."
+            f" The nearest reward model trained beforehand, {near:.4f}: {_told(found)}.{here}"
+        )
+
+    def start(self, _button: Any = None) -> None:
+        """Train at the dial's value on a thread of its own; one under way is stopped."""
+        self.stop()
+        self._stop = threading.Event()
+        given = (float(self.controls["bias"].value), self._stop)
+        self.job = threading.Thread(target=self._work, args=given, daemon=True)
+        self.job.start()
+
+    def stop(self, _button: Any = None) -> None:
+        """Cancel a training, if there is one; the picture stays as it was."""
+        self._stop.set()
+        if self.job.is_alive():
+            self.job.join()
+
+    def _work(self, bias: float, stop: threading.Event) -> None:
+        def progress(step: int, total: int, metrics: dict[str, float]) -> None:
+            if stop.is_set():
+                raise Cancelled
+            self._note.value = f"{bias:.4f}: step {step} of {total}"
+
+        try:
+            self._trained = {**self._trained, bias: self._learn(bias, progress)}
+            self._note.value = f"{bias:.4f}: trained"
+            self.update()
+        except Cancelled:
+            self._note.value = f"{bias:.4f}: cancelled, nothing changed"
+        except Exception as error:  # a thread has nobody else to tell
+            self._note.value = f"{bias:.4f}: failed, {type(error).__name__}: {error}"
+
+    def close(self) -> None:
+        """Stop what runs, and close everything."""
+        self.stop()
+        super().close()
+
+
+def _told(learned: Learned) -> str:
+    gaps = " and ".join(f"{gap:+.2f} on {name}" for name, (_, gap) in learned.items())
+    return f"one courtesy phrase is worth {gaps} prompts (reward sd)"
