@@ -29,7 +29,7 @@ Number = float | Tensor
 FARTHEST = 60.0  # logits from the start; beyond, 1 - p is below 1e-17 and the run has run away
 
 
-def _double(name: str, x: Number, ok: str = "finite") -> Tensor:
+def _double(name: str, x: Number | list[float], ok: str = "finite") -> Tensor:
     """x in float64; raises ValueError unless it is finite, positive or a probability."""
     t = torch.as_tensor(x, dtype=torch.float64)
     tests = {"finite": t.isfinite(), "positive": (t > 0) & t.isfinite()}
@@ -85,9 +85,9 @@ def moving_reference(p0: Number, delta_r: Number, beta: Number, rounds: int) -> 
 
     Every round starts at KL 0 and multiplies the odds by exp(k) anew: logit p_n = logit p0 + n k.
     """
-    n = torch.arange(1, rounds + 1, dtype=torch.float64)
-    gap = _double("delta_r", delta_r)
-    return two_answer(p0, n.view(-1, *[1] * gap.dim()) * gap, beta)
+    once = two_answer(p0, delta_r, beta).logit()
+    start = _double("p0", p0, "between 0 and 1").logit()
+    return torch.stack([torch.sigmoid(start + n * (once - start)) for n in range(1, rounds + 1)])
 
 
 def net_advantages(p: Number, p0: Number, delta_r: Number, beta: Number) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def _rest(net: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
     past = net(x) * way <= 0
     first = past.int().argmax(-1, keepdim=True).clamp(min=1)
     low, high = x.gather(-1, first - 1), x.gather(-1, first)
-    for _ in range(60):
+    for _ in range(45):
         middle = (low + high) / 2
         before = net(middle) * way > 0
         low, high = torch.where(before, middle, low), torch.where(before, high, middle)
@@ -271,7 +271,7 @@ class ForkChain:
 
     def charges(self, p: Number) -> Tensor:
         """Each token's log-ratio in nats, over the answer's length if aggregated by token_mean."""
-        x, x0 = _double("p", p, "between 0 and 1").logit(), torch.tensor(self.p0).double().logit()
+        x, x0 = (_double("p", q, "between 0 and 1").logit() for q in (p, self.p0))
         out = torch.full((*x.shape, 2, self.steps), self.filler_kl, dtype=torch.float64)
         out[..., 1, :] = 0.0
         out[..., 0, 0] = logsigmoid(x) - logsigmoid(x0)
@@ -319,4 +319,4 @@ class ForkChain:
                 gap = gap - self.beta * self.charges(p)[..., 0]  # k2's slope is the log-ratio
             return gap[..., 0] - gap[..., 1]
 
-        return torch.sigmoid(_rest(net, torch.tensor([self.p0]).double().logit())).item()
+        return torch.sigmoid(_rest(net, _double("p0", [self.p0]).logit())).item()

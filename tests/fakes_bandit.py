@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import minirlhf.model
+from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.oracle import two_word_policy, verbose_share
 from minirlhf.ppo import PPO, PPOConfig, Scorer
+from minirlhf.sft import SFTConfig, train_sft
 
 PROMPT = torch.tensor([[1]])
 # (steps, learning rate): there, settle, rest; p is averaged over the last phase
@@ -46,12 +48,58 @@ def bandit(p0: float, gap: float, beta: float, seed: int = 0, **options) -> PPO:
     return PPO(copy.deepcopy(reference), reference, scorer(gap), PROMPT, config, seed=seed)
 
 
-def settle(run: PPO, phases: tuple[tuple[int, float], ...] = SHORT) -> float:
+def settle(run: PPO, phases=SHORT, share=verbose_share) -> float:
     """Drive the run through its phases; the mean of the exact p over the last one."""
     for steps, lr in phases:
         run.config = replace(run.config, lr=lr)
         shares = []
         for _ in range(steps):
             run.step()
-            shares.append(verbose_share(run.policy))
+            shares.append(share(run.policy))
     return sum(shares) / len(shares)
+
+
+def refreshed(p0: float, gap: float, beta: float, rounds: int, phases=SHORT) -> list[float]:
+    """p after each round, where every round's reference is the policy that the last one left."""
+    run, ends = bandit(p0, gap, beta), []
+    for number in range(rounds):
+        if number:
+            left = run.policy
+            run = PPO(copy.deepcopy(left), left, scorer(gap), PROMPT, run.config, seed=number)
+        ends.append(settle(run, phases))
+    return ends
+
+
+STEPS = 30
+OPEN, FILLER = 2, 3  # words of the chain; EOS (1) is the other side of the fork
+
+
+def fork_reference() -> Transformer:
+    """Says EOS at once, or (about once in ten) OPEN and then FILLER up to the cap."""
+    config = TransformerConfig(4, STEPS, d_model=16, n_layer=1, n_head=2)
+    model = Transformer(config, generator=torch.Generator().manual_seed(0))
+    responses = torch.zeros(200, STEPS, dtype=torch.long)
+    responses[:, 0], responses[:20, 0], responses[:20, 1:] = 1, OPEN, FILLER
+    mask = torch.ones_like(responses, dtype=torch.bool)
+    mask[20:, 1:] = False
+    sft = SFTConfig(steps=150, batch=200, lr=1e-2)
+    train_sft(model, PROMPT.expand(200, 1), responses, mask, sft, generator=torch.Generator())
+    return model
+
+
+@torch.no_grad()
+def fork_share(model: Transformer) -> float:
+    """The exact probability of OPEN, of OPEN or EOS."""
+    logits = model(PROMPT)[0][0, 0].double()
+    return torch.sigmoid(logits[OPEN] - logits[1]).item()
+
+
+def fork_run(reference: Transformer, gap: float, beta: float, seed: int = 0, **options) -> PPO:
+    """PPO on 30-token answers whose score only the first token decides."""
+
+    def score(prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
+        return gap * (responses[:, 0] == OPEN).float()
+
+    settings = {"max_new_tokens": STEPS, "batch": 256, "beta": beta} | options
+    config = replace(PLAIN, **settings)
+    return PPO(copy.deepcopy(reference), reference, score, PROMPT, config, seed=seed)
