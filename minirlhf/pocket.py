@@ -22,6 +22,7 @@ arXiv 2506.09477) for gradients of the estimators.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -178,23 +179,27 @@ class Pocket:
         """The mean proxy that no policy of mean KL `kl` [...] nats can exceed, points [...].
 
         E[r] <= beta KL + beta E[log Z(beta)] for every beta > 0; the least of these bounds over
-        a grid of betas is never below the frontier and touches it at the grid's.
+        a grid of betas is never below the frontier, and touches it at each beta of the grid.
         """
-        grid = torch.logspace(-2, 2, 400, dtype=torch.float64)
-        scaled = self.ref[None] + self.proxy[None] / grid[:, None, None]
-        log_z = scaled.logsumexp(-1).mean(-1)  # [K]
-        kl = torch.as_tensor(kl, dtype=torch.float64)
-        return (grid * (kl[..., None] + log_z)).amin(-1)
+        kl, (betas, log_z) = torch.as_tensor(kl, dtype=torch.float64), self._log_z
+        return (betas * (kl[..., None] + log_z)).amin(-1)
+
+    @cached_property
+    def _log_z(self) -> tuple[Tensor, Tensor]:
+        betas = torch.logspace(-2, 2, 400, dtype=torch.float64)
+        worths = [(self.ref + self.proxy / b).logsumexp(-1).mean() for b in betas]
+        return betas, torch.stack(worths)
 
     def best_of(self, n: int) -> Tensor:
         """Log-probs [P, N] of the best of n reference answers by proxy, ties drawn by lot."""
-        p = self.ref.exp()
-        tied = (self.proxy[:, :, None] - self.proxy.unique()).abs() < 1e-9  # [P, N, scores]
-        mass = torch.where(tied, p[..., None], 0.0).sum(1)
-        below = mass.cumsum(-1)
-        won = below**n - F.pad(below, (1, 0))[:, :-1] ** n  # [P, scores]
-        gain = won.log() - mass.log()
-        return self.ref + torch.where(tied, gain[:, None], 0.0).sum(-1)
+        order = self.proxy.argsort(-1)
+        below = F.pad(self.ref.exp().gather(-1, order).cumsum(-1), (1, 0))
+        ordered = self.proxy.gather(-1, order)
+        ranks = (torch.searchsorted(ordered, self.proxy, right=r) for r in (False, True))
+        worse, not_better = (below.gather(-1, rank) for rank in ranks)
+        p = not_better - worse  # of all answers that score alike; they share the chance to win
+        gain = torch.where(p > 1e-9, (not_better**n - worse**n) / p, n * not_better ** (n - 1))
+        return self.ref + gain.log()
 
     def gradient(
         self,

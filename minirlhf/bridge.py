@@ -1,0 +1,119 @@
+"""The bridge: what can be said of the optimum where answers are too many to list.
+
+From M answers that the *reference* gave to one prompt, and their scores, two policies that were
+never trained can be measured: pi* ~ pi_ref e^(r / beta), by weighting each answer, and best-of-n,
+by counting how often each would have won. Both come with a standard error, and an estimate that
+rests on too few answers is refused instead of printed: pi* of a small beta lives where the
+reference hardly ever goes, and no sample of the reference can show it.
+
+Every function takes scores [..., M] and values [..., M] of the same answers, one row a prompt,
+in float64 inside; estimates are [...]. Left out: weights that are cut off or smoothed, which
+trade the refusal for a bias that cannot be seen.
+
+Sources: Owen (2013), "Monte Carlo theory, methods and examples", sections 9.2 and 9.3; Beirami
+et al. (2024, arXiv 2401.01879) for the KL of best-of-n, which shows that the usual formula is an
+upper bound; Efron (1982) for the influence functions behind the standard errors.
+"""
+
+from math import log
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MINIMUM = 50.0  # effective answers below which nothing is said
+
+
+class Estimate(NamedTuple):
+    """An estimate [...] and how far to trust it."""
+
+    mean: Tensor
+    se: Tensor
+    """standard error, in the unit of the mean"""
+    ess: Tensor
+    """effective sample size: so many unweighted answers would tell as much"""
+
+
+def weights(scores: Tensor, beta: float, *, minimum: float = MINIMUM) -> tuple[Tensor, Tensor]:
+    """Self-normalised weights [..., M] ~ e^(scores / beta) and their effective sizes [...].
+
+    Raises ValueError if beta is not positive, or if a row's 1 / sum(w^2) is below `minimum`.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}; it must be positive: the price of KL, points per nat")
+    w = (scores.double() / beta).softmax(-1)
+    return w, _size(w, minimum, f"beta {beta}", "raise beta")
+
+
+def _size(w: Tensor, minimum: float, where: str, mend: str) -> Tensor:
+    size = 1 / w.square().sum(-1)
+    if not bool((size >= minimum).all()):
+        raise ValueError(
+            f"at {where} the {w.shape[-1]} answers count as {float(size.min()):.1f}, fewer than "
+            f"{minimum:g}: the reference hardly ever goes there; {mend} or draw more answers"
+        )
+    return size
+
+
+def under_optimum(
+    scores: Tensor, values: Tensor, beta: float, *, minimum: float = MINIMUM
+) -> Estimate:
+    """E of `values` under pi* ~ pi_ref e^(r / beta); raises as `weights` does.
+
+    The bias falls as 1 / M, the standard error (delta method) as 1 / sqrt(M).
+    """
+    w, size = weights(scores, beta, minimum=minimum)
+    mean = (w * values).sum(-1)
+    spread = (w * (values - mean[..., None])).square().sum(-1).sqrt()
+    return Estimate(mean, spread, size)
+
+
+def kl_of_optimum(scores: Tensor, beta: float, *, minimum: float = MINIMUM) -> Estimate:
+    """KL(pi* || pi_ref) = E_pi*[r] / beta - log Z of whole answers, nats; raises as `weights`."""
+    w, size = weights(scores, beta, minimum=minimum)
+    u, tilt = w * w.shape[-1], scores.double() / beta
+    centred = tilt - (w * tilt).sum(-1, keepdim=True)
+    kl = (w * torch.where(w > 0, u.log(), 0.0)).sum(-1)
+    influence = u * centred - (u - 1)
+    return Estimate(kl, influence.std(-1) / w.shape[-1] ** 0.5, size)
+
+
+def best_of_n(scores: Tensor, values: Tensor, n: int, *, minimum: float = MINIMUM) -> Estimate:
+    """E of `values` of the best of n answers by score, ties drawn by lot.
+
+    The mean over *every* set of n among the M answers, so it has no bias: the answer of rank i
+    wins C(i - 1, n - 1) of the C(M, n) sets. The standard error is that of large M. Raises
+    ValueError unless 1 <= n <= M, or if the effective size is below `minimum`.
+    """
+    count = scores.shape[-1]
+    if not 1 <= n <= count:
+        raise ValueError(f"best of {n} from {count} answers: n must lie between 1 and {count}")
+    ordered, order = scores.sort(-1)
+    rank = torch.arange(1, count + 1, dtype=torch.float64)
+    log_sets = torch.lgamma(rank) - torch.lgamma((rank - n + 1).clamp(min=1))
+    won = _mean_of_ties(ordered, torch.where(rank >= n, log_sets, -torch.inf).softmax(-1))
+    size = _size(won, minimum, f"n {n}", "lower n")
+    own = values.double().gather(-1, order)
+    f = _mean_of_ties(ordered, own)
+    # what an answer brings: itself where it wins, else the best of the other n - 1
+    below = (rank / count) ** (n - 1)
+    others = f * below.diff(prepend=below.new_zeros(1))
+    brings = f * below + others.flip(-1).cumsum(-1).flip(-1) - others
+    influence = n * brings + count * won * (own - f)
+    return Estimate((won * own).sum(-1), influence.std(-1) / count**0.5, size)
+
+
+def _mean_of_ties(ordered: Tensor, values: Tensor) -> Tensor:
+    """Each value [..., M] replaced by the mean over the answers that score the same."""
+    group = (F.pad(ordered.diff(dim=-1), (1, 0)) != 0).cumsum(-1)
+    values, zeros = values.expand(group.shape), ordered.new_zeros(group.shape, dtype=torch.float64)
+    sums = zeros.scatter_add(-1, group, values)
+    counts = zeros.scatter_add(-1, group, torch.ones_like(values))
+    return (sums / counts.clamp(min=1)).gather(-1, group)
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """log n - (n - 1) / n nats: the KL of best-of-n to the reference is at most that, and comes
+    near it only where no answer is likely and none score alike (Beirami et al. 2024)."""
+    return log(n) - (n - 1) / n
