@@ -14,7 +14,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minirlhf"
 # A module may import its own floor and those below.
 FLOORS = {
     5: {"lab", "runs", "cli", "__main__"},
-    4: {"audit", "autopsy", "remedies", "sweep", "drift", "drift_config", "seeds", "shipped"}
+    4: {
+        "audit",
+        "autopsy",
+        "push",
+        "whatif",
+        "remedies",
+        "sweep",
+        "drift",
+        "drift_config",
+        "seeds",
+        "shipped",
+    }
     | {"doctor"},
     3: {"sft", "preferences", "reward", "ppo", "ppo_config", "critic", "oracle"}
     | {"pocket", "bridge"},
@@ -36,7 +47,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 CORE = {"text", "model", "generate", "kl", "advantages", "rollout", "reward", "ppo", "oracle"}
 # PPO and rewards know nothing of customer support
 NO_SUPPORT = CORE | {"autopsy", "optim", "store", "metrics", "ppo_config", "critic"}
-NO_SUPPORT |= {"cores", "pocket", "bridge"}
+NO_SUPPORT |= {"cores", "pocket", "bridge", "push", "whatif"}
 SUPPORT = {"desk", "deskfile", "preferences"}
 DRAWING = {"matplotlib", "ipywidgets", "IPython", "PIL"}
 
