@@ -36,7 +36,7 @@ def clip_figure(sweep: Sweep, paths: Paths, goal: float) -> Figure:
     ax.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     shares = [clip_share(eps, ratios) for eps, (ratios, _) in sweep.items()]
     moves = [nats for _, nats in sweep.values()]
-    for key, title, values in (("c", "clipped tokens", shares), ("k", "nats per answer", moves)):
+    for key, title, values in (("c", "clipped tokens", shares), ("k", "move, nats/answer", moves)):
         ax = tidy(axes[key], title, "epsilon (log)" if key == "k" else "")
         ax.plot(grid, values, color=GREY, marker=".")
         ax.set(xscale="log", ylim=(0, 1.25 * max(values)))
@@ -52,7 +52,7 @@ def clip_figure(sweep: Sweep, paths: Paths, goal: float) -> Figure:
         ax.plot(paths[eps], color="#CCCCCC", lw=1.2)
     figure.set_label(
         f"From epsilon {grid[0]:g} to {grid[-1]:g}: clipped tokens {shares[0]:.0%} to "
-        f"{shares[-1]:.1%}, move {moves[0]:.2f} to {moves[-1]:.2f} nats an answer; "
+        f"{shares[-1]:.0%}, move {moves[0]:.2f} to {moves[-1]:.2f} nats an answer; "
         f"every road ends near {goal:.2f}."
     )
     return figure
@@ -97,7 +97,7 @@ class ClipDial(Panel):
         move_dot.set_data([eps], [nats])
         line.set_data(range(len(path)), path)
         return (
-            f"With epsilon {eps:g} the update leaves {share:.1%} of the tokens outside the band "
+            f"With epsilon {eps:g} the update leaves {share:.0%} of the tokens outside the band "
             f"and moves {nats:.2f} nats an answer; two answers are half way after {half} rollouts "
             f"and end at {path[-1]:.2f}. The dial stops at the {len(self._sweep)} computed values."
         )
@@ -149,7 +149,7 @@ def curves_figure(
         ax.plot(steps, values, color=BLUE, lw=2.5)
         if exact is not None:
             ax.axhline(exact, color=VERMILLION, ls="--", lw=2)
-    said = (f"{title} {v[0]:.2f} to {v[-1]:.2f} {unit}" for title, (unit, v, _) in curves.items())
+    said = (f"{title} {v[0]:.1f} to {v[-1]:.1f} {unit}" for title, (unit, v, _) in curves.items())
     figure.set_label(f"From the first step to the last: {'; '.join(said)}.")
     return figure
 
@@ -165,7 +165,7 @@ def frontier_figure(
     ax.set(xlim=(0, 1.5 * max(run_kl)), ylim=(min(reward), max(run) * 1.15))
     ax.legend(fontsize=12, frameon=False, loc="lower right")
     figure.set_label(
-        f"PPO ends at KL {run_kl[-1]:.2f} nats and proxy {run[-1]:.2f} points; at that KL the "
-        f"frontier stands at {np.interp(run_kl[-1], kl[::-1], reward[::-1]):.2f}."
+        f"PPO ends at KL {run_kl[-1]:.1f} nats and proxy {run[-1]:.1f} points; at that KL the "
+        f"frontier stands at {np.interp(run_kl[-1], kl[::-1], reward[::-1]):.1f}."
     )
     return figure
