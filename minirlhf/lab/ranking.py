@@ -8,7 +8,7 @@ handed in as a function: nothing is trained in here. Left out: more than one dia
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -16,33 +16,28 @@ from matplotlib.figure import Figure
 
 from minirlhf.lab.live import LiveFigure, Panel, slider
 from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, STRATUM, VERMILLION, blank, tidy
-from minirlhf.reward import Progress
 
 LOOKS = ((BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "D"), (INK, ":", "^"))
 Learned = Mapping[str, tuple[float, float]]  # stratum -> P(polite preferred), gap in reward sd
+Chart = tuple[str, str, Mapping[str, tuple[Any, Any]]]  # x label, y label, name -> (x, y)
 
 
-class Chart(NamedTuple):
-    """One panel of a figure: curves (x, y) and horizontal levels, both by name."""
+def chart_figure(said: str, charts: Mapping[str, Chart]) -> Figure:
+    """Charts side by side by title, up to four curves each, and any number of levels.
 
-    title: str
-    x: str
-    y: str
-    curves: Mapping[str, tuple[Any, Any]]
-    levels: Mapping[str, float] = {}
-    note: str = ""
-
-
-def chart_figure(said: str, *charts: Chart) -> Figure:
-    """Charts side by side, up to four curves each; `said` is the sentence about them."""
+    A curve whose y is one number is a horizontal level. `said` is the sentence about all of it.
+    """
     figure = blank(6.2 * len(charts), 4.2)
-    for ax, chart in zip(np.ravel(figure.subplots(1, len(charts))), charts, strict=True):
-        tidy(ax, chart.title, chart.x, chart.y, chart.note)
-        for (name, (x, y)), (color, ls, dot) in zip(chart.curves.items(), LOOKS, strict=False):
-            dots = {"marker": dot, "ms": 8} if len(x) < 20 else {}
-            ax.plot(x, y, ls, color=color, lw=2.5, label=name, **dots)
-        for (name, level), ls in zip(chart.levels.items(), ("--", ":", "-."), strict=False):
-            ax.axhline(level, color=GREY, lw=2, ls=ls, label=name)
+    axes = np.ravel(figure.subplots(1, len(charts)))
+    for ax, (title, (x_label, y_label, curves)) in zip(axes, charts.items(), strict=True):
+        looks, dashes = iter(LOOKS), iter(("--", ":", "-."))
+        for name, (x, y) in curves.items():
+            if np.ndim(y) == 0:
+                ax.axhline(y, color=GREY, lw=2, ls=next(dashes), label=name)
+            else:
+                look = dict(zip(("color", "ls", "marker"), next(looks), strict=True))
+                ax.plot(x, y, lw=2.5, ms=8, markevery=max(1, len(x) // 10), label=name, **look)
+        tidy(ax, title, x_label, y_label)
         ax.legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.set_label(said)
     return figure
@@ -61,25 +56,20 @@ class LengthDial(Panel):
     the `nearest` computed dial and what was `trained` here, by dial.
     """
 
-    def __init__(
-        self,
-        labelers: Callable[[float], Mapping[str, float]],
-        computed: Mapping[float, Learned],
-        learn: Callable[[float, Progress], Learned],
-        start: float,
-    ):
+    def __init__(self, labelers: Callable, computed: Mapping, learn: Callable, start: float):
         self._labelers, self._computed, self._learn = labelers, computed, learn
         self._trained: dict[float, Learned] = {}
         self.job, self._stop = threading.Thread(), threading.Event()
-        self._train = widgets.Button(description="train at this value")
-        cancel, self._note = widgets.Button(description="cancel"), widgets.HTML()
-        self._train.on_click(self.start)
+        train, cancel = (widgets.Button(description=d) for d in ("train at this value", "cancel"))
+        train.on_click(self.start)
         cancel.on_click(self.stop)
-        row = widgets.HBox([self._train, cancel, self._note])
+        self._note, self.caption = widgets.HTML(), widgets.HTML()
+        self.row = widgets.HBox([train, cancel, self._note])
         low, high = min(computed), max(computed)
+        self.caption.layout.max_width = "960px"
         controls = {"bias": slider("points per token", start, low, high, 0.0005)}
         live = LiveFigure(self._draw(np.linspace(low, high, 33)), self._marks, width=960)
-        super().__init__("length dial", controls, live, self.show, [row])
+        super().__init__("length dial", controls, live, self.show, [self.row, self.caption])
 
     def _draw(self, dials: np.ndarray) -> Figure:
         figure = blank(9.6, 3.8)
@@ -89,13 +79,14 @@ class LengthDial(Panel):
         self._marks = [ax.axvline(dials[0], color=GREY, lw=1.5)]
         for name, style in STRATUM.items():
             color, dot = style["color"], style["marker"]
-            exact, known = [self._labelers(x)[name] for x in dials], self._computed.items()
+            exact = [self._labelers(x)[name] for x in dials]
             ax.plot(dials, exact, color=color, ls=style["ls"], label=f"labelers, {name}")
-            pale = {"color": color, "alpha": 0.5, "label": f"RM trained beforehand, {name}"}
-            ax.plot([d for d, _ in known], [found[name][0] for _, found in known], dot, **pale)
-            for shape, label in ((dot, f"the nearest, {name}"), ("*", f"trained here, {name}")):
-                look = {"color": color, "mfc": "none" if shape == dot else color, "label": label}
-                self._marks += ax.plot([], [], shape, ms=15, mew=2, **look)
+            known = [found[name][0] for found in self._computed.values()]
+            ax.plot([*self._computed], known, dot, color=color, label=f"RM beforehand, {name}")
+        shapes = ("o", "none", "nearest beforehand"), ("*", GREEN, "trained here")
+        for shape, fill, label in shapes:
+            look = {"color": INK, "mfc": fill, "ms": 18, "mew": 2, "ls": "", "marker": shape}
+            self._marks += ax.plot([], [], label=f"RM, {label}", **look)
         ax.set_ylim(0, 1)
         ax.legend(fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
@@ -106,16 +97,17 @@ class LengthDial(Panel):
         trained, found = dict(self._trained), self._computed[near]
         self.shown = {"bias": bias, "labelers": said, "nearest": near, "trained": trained}
         self._marks[0].set_xdata([bias, bias])
-        for i, name in enumerate(STRATUM):
-            self._marks[1 + 2 * i].set_data([near], [found[name][0]])
-            stars = [(dial, got[name][0]) for dial, got in trained.items()]
-            self._marks[2 + 2 * i].set_data([d for d, _ in stars], [p for _, p in stars])
+        self._marks[1].set_data([near] * len(found), [p for p, _ in found.values()])
+        stars = [(dial, p) for dial, got in trained.items() for p, _ in got.values()]
+        self._marks[2].set_data([dial for dial, _ in stars], [p for _, p in stars])
         here = "".join(f" Trained here at {dial:.4f}: {_told(g)}." for dial, g in trained.items())
         shares = " and ".join(f"{share:.0%} on {name}" for name, share in said.items())
-        return (
+        told = (
             f"At {bias:.4f} points per token labelers prefer the polite answer in {shares} prompts."
             f" The nearest reward model trained beforehand, {near:.4f}: {_told(found)}.{here}"
         )
+        self.caption.value = f'<div style="min-height:60px;line-height:20px">{told}</div>'
+        return told
 
     def start(self, _button: Any = None) -> None:
         """Train at the dial's value on a thread of its own; one under way is stopped."""
@@ -145,11 +137,6 @@ class LengthDial(Panel):
             self._note.value = f"{bias:.4f}: cancelled, nothing changed"
         except Exception as error:  # a thread has nobody else to tell
             self._note.value = f"{bias:.4f}: failed, {type(error).__name__}: {error}"
-
-    def close(self) -> None:
-        """Stop what runs, and close everything."""
-        self.stop()
-        super().close()
 
 
 def _told(learned: Learned) -> str:

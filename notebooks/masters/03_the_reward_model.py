@@ -17,7 +17,7 @@ import torch
 from minirlhf.audit import answer, texts
 from minirlhf.lab.live import Picture
 from minirlhf.lab.plots import bars_figure, bias_figure
-from minirlhf.lab.ranking import Chart, LengthDial, chart_figure
+from minirlhf.lab.ranking import LengthDial, chart_figure
 from minirlhf.preferences import PreferenceConfig, make_pairs, raw_bias, relabel
 from minirlhf.shipped import DIALS, shipped
 
@@ -154,7 +154,7 @@ said = f"The pull on a pair falls from {wrong:.2f} at a gap of -3 to {right:.2f}
 scale = "score of the winner minus score of the loser"
 pull = "pull on the winner's score, nats a point"
 curves = {"loss, nats": (x, each.numpy()), pull: (x, -slope.numpy())}
-Picture(chart_figure(said, Chart("one pair", scale, "nats; nats a point", curves)))
+Picture(chart_figure(said, {"one pair": (scale, "nats; nats a point", curves)}))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -203,12 +203,14 @@ smooth = np.ones(8) / 8
 steps = np.arange(8, len(loss) + 1)
 fit = {"training loss": (steps, np.convolve(loss, smooth, "valid"))}
 right = {"training accuracy": (steps, np.convolve(accuracy, smooth, "valid"))}
-levels = {"best possible": known["bayes_ceiling"], "length ruler": known["length_ruler_accuracy"]}
-lows = {"knows nothing (log 2)": np.log(2), "labelers' noise": noise}
+fit |= {"knows nothing (log 2)": (steps, np.log(2)), "labelers' noise": (steps, noise)}
+right |= {"best possible": (steps, known["bayes_ceiling"])}
+right |= {"length ruler": (steps, known["length_ruler_accuracy"])}
 said = f"The loss falls from {np.log(2):.2f} to {loss[-8:].mean():.2f} nats; noise is {noise:.2f}."
-left = Chart("loss", "step (mean of 8)", "nats a pair", fit, lows, "lower is better")
-over = Chart("accuracy", "step (mean of 8)", "share of pairs", right, levels, "higher is better")
-Picture(chart_figure(said, left, over))
+axis = "step (mean of 8)"
+left = axis, "nats a pair (lower is better)", fit
+over = axis, "share of pairs (higher is better)", right
+Picture(chart_figure(said, {"loss": left, "accuracy": over}))
 
 # %%
 print(f"loss: at the start {np.log(2):.2f}, last steps {loss[-8:].mean():.2f}", end=", ")
@@ -267,7 +269,7 @@ print("measured:")
 said = "; ".join(f"{a:.2f} sure, {b:.2f} right" for a, b in zip(x, y, strict=True))
 axes = "probability that it gives to its choice", "share of labels that agree"
 curves = {"reward model": (x, y), "as sure as it may be": (x, x)}
-Picture(chart_figure(said, Chart("reliability, five bins", *axes, curves)))
+Picture(chart_figure(said, {"reliability, five bins": (*axes, curves)}))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -385,9 +387,10 @@ curves |= {f"labelers, {s}": (DIALS, [labelers(d)[s] for d in DIALS]) for s in a
 leads = {f"RM, {s}": (DIALS, [computed[d][s][1] for d in DIALS]) for s in asked}
 said = "Reward models follow their labelers from rejecting the courtesy phrase to paying for it."
 axis = "length bias, points per token"
-one = Chart("polite answer preferred", axis, "probability", curves, {"no preference": 0.5})
-two = Chart("one courtesy phrase", axis, "reward sd", leads, {"no preference": 0})
-Picture(chart_figure(said, one, two))
+curves |= {"no preference": (DIALS, 0.5)}
+leads |= {"no preference": (DIALS, 0)}
+one, two = (axis, "probability", curves), (axis, "reward sd", leads)
+Picture(chart_figure(said, {"polite answer preferred": one, "one courtesy phrase": two}))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured: brief prompts")
@@ -398,10 +401,10 @@ for dial, found in computed.items():
 assert computed[0.0]["brief"][1] < 0 < computed[0.08]["brief"][1]
 
 # %% [markdown]
-# **Turn the dial.** The curves are the labelers, exact at every value. The open marks are the
-# nearest model that was trained beforehand; the sentence below the picture says which. *Train at
-# this value* draws the labels anew and trains a small one in some seconds (stars); *cancel* stops
-# it and changes nothing.
+# **Turn the dial.** The curves are the labelers, exact at every value. The rings are the nearest
+# model that was trained beforehand; the sentence above the picture says which. *Train at this
+# value* draws the labels anew and trains a small one in some seconds (stars, brief and detailed);
+# *cancel* stops it and changes nothing.
 
 
 # %% jupyter={"source_hidden": true}
@@ -474,7 +477,7 @@ curves = {
 }
 said = "How sure the reward model is, against the share of verbose answers at the optimum."
 axes = "how sure the RM is of the verbose answer, %", "share of verbose answers"
-Picture(chart_figure(said, Chart("a slight preference, optimised", *axes, curves)))
+Picture(chart_figure(said, {"a slight preference, optimised": (*axes, curves)}))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
