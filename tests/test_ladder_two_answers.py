@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from fakes_bandit import (
+    LONG,
     SHORT,
     bandit,
     fork_reference,
@@ -33,7 +34,6 @@ from minirlhf.oracle import (
 )
 
 pytestmark = pytest.mark.slow
-ONES = [(0.02, 0.3, 0.05), (0.1, 0.1, 0.1)]
 GRID = [*itertools.product((0.02, 0.1, 0.5), (0.1, 0.3), (0.05, 0.1, 0.2, 0.4))]
 GRID += [(0.001, 0.6, 0.1), (0.3, -0.2, 0.1), (0.9, 0.3, 0.1), (0.6, -0.1, 0.05)]
 
@@ -72,7 +72,7 @@ def hold(ladder, section, cases, tolerance, phases=SHORT):
 def test_end_points_of_the_two_right_penalties(ladder, section, options, known):
     for case in GRID:
         assert float(two_answer_end(*case, **known)) == pytest.approx(float(two_answer(*case)))
-    hold(ladder, section, [(*case, "", options, known) for case in GRID], 0.02)
+    hold(ladder, section, [(*case, "", options, known) for case in GRID], 0.02, LONG)
 
 
 def test_the_books_penalty_ends_at_one_whatever_beta_is(ladder):
@@ -118,17 +118,18 @@ def test_clip_and_epochs_change_the_speed_not_the_end(ladder):
         options = {"clip": clip, "epochs": epochs}
         cases.append((0.05, 0.1, 0.05, f"clip {clip}, {epochs} epochs", options, {}))
     hold(ladder, "L0f clip", cases, 0.02)
+    # Adam's momentum carries p a little past the bound: the less, the smaller its steps
+    sides = {"verbose and concise": {"advantage": "rloo", "group": 8}}
+    sides["verbose alone"] = {"value_coef": 0.0}  # a critic of 0: the concise ones have A = 0
     held = []
-    for p0, clip in ((0.3, 0.2), (0.1, 0.2), (0.3, 0.1)):
-        run = bandit(p0, 1.0, 0.0, kl_place="none", clip=clip, epochs=300, lr=1e-3, batch=8192)
+    for (p0, clip), (side, options) in itertools.product(((0.3, 0.2), (0.1, 0.2)), sides.items()):
+        long = {"epochs": 1200, "lr": 2e-5, "batch": 512, "clip": clip} | options
+        run = bandit(p0, 1.0, 0.0, kl_place="none", **long)
         run.step()
-        found, predicted = (
-            verbose_share(run.policy),
-            max((1 + clip) * p0, 1 - (1 - clip) * (1 - p0)),
-        )
-        name = f"one iteration of 300 epochs, p0 {p0}, clip {clip}: p"
-        held.append(ladder.add("L0f clip", name, predicted, found, 0.02))
-        assert clip_steps(p0, predicted - 1e-9, clip) == 1
+        bound = (1 + clip) * p0 if "value_coef" in options else 1 - (1 - clip) * (1 - p0)
+        name = f"one iteration of 1200 epochs, p0 {p0}, clip {clip}, {side} push: p"
+        held.append(ladder.add("L0f clip", name, bound, verbose_share(run.policy), 0.02))
+        assert clip_steps(p0, bound - 1e-9, clip, verbose_only="value_coef" in options) == 1
     assert all(held)
 
 
@@ -165,11 +166,9 @@ def test_the_briefest_prompts_do_not_drift_most_but_those_near_the_formula(ladde
                 held=abs(peak - nearest) <= 1, seed="0-6",
             )
         )  # fmt: skip
-        best = 1 - 2 * grid[peak] if peak == nearest else max(moved)
         name = f"gap {gap} sd, beta {beta}: the drift there"
         exact = float(two_answer(grid[peak], gap, beta)) - grid[peak]
         held.append(ladder.add("L0h drift against p0", name, exact, moved[peak], 0.02, seed="0-6"))
-        assert best > 0
     assert all(held)
 
 
