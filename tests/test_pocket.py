@@ -234,6 +234,18 @@ def test_what_each_estimator_pulls_at_in_the_loss(exact):
         torch.testing.assert_close(found, plain - autograd(per_state, policy), atol=1e-9, rtol=0)
 
 
+def test_k1_in_the_loss_averaged_over_tokens_is_a_bonus_for_length(exact):
+    """The reference cancels as ever, but E[s / |y|] is the gradient of E[1 / |y|]: what is left
+    of beta times the mean log-ratio is a reward of -beta / |y|, more for a longer answer."""
+    desk, policy = exact
+    for place in ("loss", "book_literal"):
+        found = desk.gradient(policy, beta=0.7, place=place, aggregation="token_mean")
+        expected = autograd(worth(desk, policy, desk.proxy - 0.7 / desk.lengths), policy)
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    plain = desk.gradient(policy, beta=0.7, place="none")
+    assert (found - plain).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
 def test_the_librarys_loss_has_the_enumerated_gradient(exact, objective):
     """E over answers of the gradient of PPO.loss, one answer at a time, with a critic."""
