@@ -100,7 +100,8 @@ class LengthDial(Panel):
         self._marks[1].set_data([near] * len(found), [p for p, _ in found.values()])
         stars = [(dial, p) for dial, got in trained.items() for p, _ in got.values()]
         self._marks[2].set_data([dial for dial, _ in stars], [p for _, p in stars])
-        here = "".join(f" Trained here at {dial:.4f}: {_told(g)}." for dial, g in trained.items())
+        last = [*trained.items()][-1:]  # of fixed height: nothing below may jump
+        here = "".join(f" Trained here at {dial:.4f}: {_told(got)}." for dial, got in last)
         shares = " and ".join(f"{share:.0%} on {name}" for name, share in said.items())
         told = (
             f"At {bias:.4f} points per token labelers prefer the polite answer in {shares} prompts."

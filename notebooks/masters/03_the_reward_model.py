@@ -525,10 +525,11 @@ for name in DIALS:
     assert abs(other.mean()) < 0.15
 
 # %% [markdown]
-# Nothing. The network *can* read the record: the same trunk says the right fact as the reference.
-# But checking a value means comparing two places of the text, and the pairs never made that pay
-# as quickly as counting did. At no dial did it learn to. We report it as we found it: a reward
-# model may be calibrated, close to its ceiling, and blind to the one thing that matters most.
+# Nothing, at no dial. The network *can* read the record: the same trunk copies the fact in
+# notebook 02. Checking a value means comparing two places of the text, which may be harder to
+# learn than counting; whether more pairs or fewer skimming labelers would do it is not settled
+# here. We report it as we found it: a reward model may be calibrated, near its ceiling, and blind
+# to the one thing that matters most.
 #
 # ## 10 Would balancing the labels do?
 #
