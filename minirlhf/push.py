@@ -163,15 +163,14 @@ def _answers(rollout: Rollout, name: str, target: Tensor | Answers) -> Answers:
 
 def _likelihood(run: PPO, given: Answers) -> Tensor:
     """Mean over answers of log pi(answer | prompt), nats."""
-    return (
-        response_logprobs(run.policy, *given, temperature=run.config.temperature)[0].sum(1).mean()
-    )
+    logprobs, _ = response_logprobs(run.policy, *given, temperature=run.config.temperature)
+    return logprobs.sum(1).mean()
 
 
 def _rate(run: PPO, rollout: Rollout, lr: float, optimiser: str) -> tuple[Tensor, Tensor]:
     """What a step multiplies each coordinate of the loss gradient by, and what it adds."""
     gradient = _gradient(run, run.loss(rollout)[0])
-    o, limit = run.optimiser, run.config.max_grad_norm
+    o, limit = run.optimiser, run.config.max_grad_norm or torch.inf
     scale = (limit / (gradient.norm() + 1e-6)).clamp(max=1.0)  # as clip_grad does
     if optimiser == "sgd":
         return lr * scale, torch.zeros_like(gradient)
@@ -210,10 +209,9 @@ def _weights(run: PPO, rollout: Rollout, parts: AdvantageParts) -> dict[str, Ten
         found["value_loss"] = -c.value_coef * torch.autograd.grad(critic, values)[0]
     if c.kl_place in ("loss", "book_literal"):
         kind, per = c.kl_estimator, c.kl_aggregation
+        how = c.loss_aggregation if per == "sequence_sum" else "sequence_sum"  # as PPO.loss does
         tokens = kl_tokens(logprobs, r.ref_logprobs, mask, estimator=kind, aggregation=per)
-        kl = aggregate(
-            tokens, mask, c.loss_aggregation if per == "sequence_sum" else "sequence_sum"
-        )
+        kl = aggregate(tokens, mask, how)
         found["kl_loss"] = -run.beta * torch.autograd.grad(kl, logprobs)[0]
     return {k: x.double() for k, x in found.items()}
 

@@ -9,8 +9,8 @@ setting would have led to: that takes another run.
 """
 
 import itertools
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,20 +27,11 @@ from minirlhf.rollout import Rollout
 LOGGED = ("kl", "rewards", "advantages", "returns")
 FIT = "fit"  # a beta found by regression
 # What frameworks do differently, one setting at a time
-CHANGES: dict[str, tuple] = {
-    "beta": (0.0, FIT),
-    "kl_estimator": ("k1", "k2", "k3"),
-    "kl_aggregation": ("sequence_sum", "token_mean"),
-    "clamp": (None, 10.0),
-    "score_at": ("eos", "after_eos"),
-    "gamma": (1.0, 0.99),
-    "lam": (1.0, 0.95, 0.0),
-    "whiten_rewards": ("none", "scores", "rewards"),
-    "whiten_advantages": ("none", "scale", "shift_scale"),
-    "keep_mean": (False, True),
-    "whiten_scope": ("batch", "answer"),
-    "ddof": (0, 1),
-}
+CHANGES = {"beta": (0.0, FIT), "gamma": (1.0, 0.99), "lam": (1.0, 0.95, 0.0), "clamp": (None, 10.0)}
+CHANGES |= {"keep_mean": (False, True), "ddof": (0, 1)}
+SWITCHES = ("kl_estimator", "kl_aggregation", "score_at", "whiten_scope")
+SWITCHES += ("whiten_rewards", "whiten_advantages")
+CHANGES |= {f.name: get_args(f.type) for f in fields(Convention) if f.name in SWITCHES}
 
 
 @dataclass(frozen=True)
@@ -95,28 +86,23 @@ def reconcile(
     """
     logged = {k: x.double() for k in LOGGED if (x := getattr(rollout, k)) is not None}
     demand(rollout, *(() if logged else LOGGED))
+    settings = [(name, value) for name, values in CHANGES.items() for value in values]
     found: list[Candidate] = []
     for size in range(depth + 1):
-        for names in itertools.combinations(CHANGES, size):
-            for values in itertools.product(*(CHANGES[name] for name in names)):
-                changes = dict(zip(names, values, strict=True))
-                convention = _changed(rollout, stated, changes)
-                if convention is None or any(c.convention == convention for c in found):
-                    continue
-                made = recomputed(rollout, convention)
-                gaps = {k: ((made[k] - x) * rollout.mask).abs().max() for k, x in logged.items()}
-                fits = all(g <= tolerance * (1 + logged[k].abs().max()) for k, g in gaps.items())
-                changes = {name: getattr(convention, name) for name in names}
-                gaps = {k: float(gap) for k, gap in gaps.items()}
-                found.append(Candidate(convention, changes, gaps, bool(fits)))
+        for changes in map(dict, itertools.combinations(settings, size)):
+            c = _changed(rollout, stated, changes)
+            if c is None or any(c == other.convention for other in found):
+                continue
+            made = recomputed(rollout, c)
+            gaps = {k: float(((made[k] - x) * rollout.mask).abs().max()) for k, x in logged.items()}
+            fits = all(g <= tolerance * (1 + logged[k].abs().max()) for k, g in gaps.items())
+            found.append(Candidate(c, {k: getattr(c, k) for k in changes}, gaps, fits))
         if size and any(candidate.explains for candidate in found):
             break
-    return sorted(found, key=_rank)
-
-
-def _rank(candidate: Candidate) -> tuple:
-    worst = max(candidate.residuals.values())
-    return not candidate.explains, len(candidate.changes) if candidate.explains else 0, worst
+    found.sort(
+        key=lambda c: (len(c.changes) if c.explains else depth + 1, max(c.residuals.values()))
+    )
+    return found
 
 
 def _changed(rollout: Rollout, stated: Convention, changes: dict[str, Any]) -> Convention | None:
@@ -220,14 +206,12 @@ def _to_come(rollout: Rollout, convention: Convention) -> Tensor:
 
 def _ridge(features: Tensor, y: Tensor, rollout: Rollout) -> Tensor:
     """Fitted values [B, T] of y, regressed on features [N, F] of the masked tokens."""
-    mask = rollout.mask
-    x = torch.cat([features, torch.ones_like(features[:, :1])], 1)
-    w = (1 / rollout.lengths[:, None].double()).expand_as(mask)[mask]
-    w = (w / w.sum())[:, None]
-    gram = x.T @ (w * x)
+    x = torch.nn.functional.pad(features, (0, 1), value=1.0)
+    w = (1 / rollout.lengths[:, None].double()).expand_as(rollout.mask)[rollout.mask]
+    gram = x.T @ (w[:, None] * x) / w.sum()
     gram.diagonal()[:-1].add_(RIDGE)  # the mean is not shrunk
     fitted = torch.zeros_like(y)
-    fitted[mask] = x @ torch.linalg.solve(gram, x.T @ (w[:, 0] * y[mask]))
+    fitted[rollout.mask] = x @ torch.linalg.solve(gram, x.T @ (w * y[rollout.mask]) / w.sum())
     return fitted
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minirlhf import cores
 from minirlhf.advantages import AdvantageParts
 from minirlhf.autopsy import Convention, split, three_facts
 from minirlhf.model import response_logprobs, response_states
@@ -92,6 +93,17 @@ def test_parts_add_up_in_degenerate_batches(name, whitening):
         torch.testing.assert_close(raw, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("whitening", ["scores", "rewards"])
+def test_whitened_rewards_have_parts_too(whitening):
+    config = replace(CONFIG, whiten_rewards=whitening, whiten_advantages="none")
+    batch, c = logged(fake_rollout(0), config), Convention.of(config)
+    torch.testing.assert_close(split(batch, c).total, batch.advantages, rtol=0, atol=1e-12)
+    by_ratio = split(batch, c).kl / split(batch, replace(c, whiten_rewards="none")).kl
+    ratios = by_ratio[batch.mask].unique()
+    # scores over their sd make KL dear by comparison; rewards over theirs leave the price alone
+    assert (ratios - 1).abs().max() < 1e-9 if whitening == "scores" else ratios.std() < 1e-9
+
+
 def test_parts_of_group_baselines_by_hand():
     r = replace(grouped(0), scores=torch.tensor([1.0, 2, 6, -3, 0, 0]).double())
     cost = -0.3 * (r.logprobs - r.ref_logprobs).sum(1)
@@ -121,6 +133,10 @@ def test_the_score_one_slot_after_eos_by_hand():
     assert parts.reward[0].tolist() == [2 / 64, 2 / 16, 2 / 4, 0]
     assert parts.total[1, 3] == 1.0, "a full row has no slot left: the score is on its last token"
     assert not parts.total[2].any()
+    # nor has a row without a token a slot: it does not count when rewards are whitened
+    c = replace(c, whiten_rewards="rewards")
+    some = split(r.select(torch.tensor([0, 1])), c).total
+    torch.testing.assert_close(split(r, c).total[:2], some, rtol=1e-12, atol=0)
 
 
 def test_whitening_by_answer_and_keeping_the_mean():
@@ -273,7 +289,7 @@ def simulated(rng: np.random.Generator, effect: float = 1.0) -> tuple[Rollout, T
 
 def test_intervals_cover_what_they_say():
     rng = np.random.default_rng(0)
-    hits, trials = 0, 150
+    hits, trials = 0, 100
     for _ in range(trials):
         found = three_facts(*simulated(rng), rng=rng, resamples=300)["all"]
         gap = found.intervals["score"]["gap"]
@@ -417,6 +433,17 @@ def test_push_of_an_answer_that_is_not_in_the_batch_and_of_float32():
     assert again.total == pytest.approx(
         whole(other, batch.to(torch.float32), target), abs=1e-5 * scale
     )
+
+
+def test_push_is_the_same_on_two_cores():
+    run, batch, parts = small_run(6)
+    one = push(run, batch, parts, sides(batch), lr=1e-3)["verbose"]
+    try:
+        cores.use(2)
+        two = push(run, batch, parts, sides(batch), lr=1e-3)["verbose"]
+    finally:
+        cores.use(1)
+    assert one.parts == two.parts and one.measured == two.measured
 
 
 def test_push_under_adam_with_a_past():
