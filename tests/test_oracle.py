@@ -73,7 +73,7 @@ def test_two_answers_by_hand():
     torch.testing.assert_close(tilt(both, rewards, 0.1)[..., 0], found[0], rtol=1e-6, atol=0)
 
 
-def test_the_prompt_that_moves_most_is_brief_and_moves_by_one_minus_twice_its_p0():
+def test_the_prompt_that_moves_most_is_brief():
     grid = torch.linspace(1e-4, 1 - 1e-4, 20001, dtype=torch.float64)
     for k, at, by in ((2.0, 0.269, 0.462), (4.0, 0.119, 0.762), (6.0, 0.047, 0.905)):
         moved = two_answer(grid, k * 0.1, 0.1) - grid
