@@ -66,16 +66,16 @@ def sampled_gradients(desk, policy, objectives, *, beta: float, batches: int):
     return [(o, torch.stack(rows)) for o, rows in zip(objectives, found, strict=True)]
 
 
-def farthest(found: Tensor, exact: Tensor, directions: int = 40) -> tuple[float, float]:
-    """The largest distance of the mean of found [K, weights] from exact, in standard errors, over
-    random directions and that of `exact`; and the bound which all stay under with chance 99.9 %
-    (Bonferroni). The critic's head takes no part: it has no gradient here."""
+def farthest(found: Tensor, exact: Tensor, *axes: Tensor, directions: int = 40):
+    """How far the mean of found [K, weights] lies from exact, in standard errors: the largest
+    over `directions` random ones and the given axes; and the bound below which all of them stay
+    with chance 99.9 % (Bonferroni). The critic's head has no gradient here."""
     g = torch.Generator().manual_seed(3)
-    axes = torch.randn(len(exact), directions, generator=g, dtype=torch.float64)
-    axes = torch.cat([axes, exact.double()[:, None]], 1)
-    along = (found - exact.double()) @ axes
+    random = torch.randn(len(exact), directions, generator=g, dtype=torch.float64)
+    every = torch.cat([random, *(a.double()[:, None] for a in axes)], 1)
+    along = (found - exact.double()) @ every
     z = along.mean(0) / (along.std(0) / len(found) ** 0.5)
-    return float(z.abs().max()), NormalDist().inv_cdf(1 - 0.001 / 2 / (directions + 1))
+    return float(z.abs().max()), NormalDist().inv_cdf(1 - 0.001 / 2 / every.shape[1])
 
 
 def gain_within_lengths(desk: Pocket, logprobs: Tensor) -> tuple[Tensor, Tensor]:
