@@ -45,7 +45,7 @@ MUTATIONS = [
         "cores.py",
         "torch.inference_mode(inference), torch.set_grad_enabled(bool(learners))",
         "torch.set_grad_enabled(True)",
-        "test_cores.py::test_only_parameters_that_learn_get_a_gradient_and_none_without_grad",
+        "test_cores.py::test_workers_have_the_gradient_mode_of_who_asks",
     ),
     Mutation(
         "k1 with the wrong sign",

@@ -121,6 +121,21 @@ def test_only_parameters_that_learn_get_a_gradient_and_none_without_grad():
     assert not loss_of(made.requires_grad_(False)).requires_grad
 
 
+def test_workers_have_the_gradient_mode_of_who_asks():
+    cores.use(2)
+    weight, seen = torch.ones(2, requires_grad=True), []
+
+    def note(x):
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        return weight * x
+
+    parts = [(torch.ones(2),)] * 3
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            cores.in_chunks(note, parts, [weight])
+    assert seen == [(True, False)] * 3 + [(False, False)] * 3 + [(False, True)] * 3
+
+
 def test_what_a_chunk_raises_is_raised():
     cores.use(2)
     prompts, responses, mask = batch()
