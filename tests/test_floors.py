@@ -19,6 +19,9 @@ FLOORS = {
         "autopsy",
         "push",
         "whatif",
+        "battery",
+        "spurious",
+        "monitor",
         "remedies",
         "sweep",
         "drift",
@@ -143,12 +146,15 @@ def code_lines(source):
 
 
 def over_budget(sources):
-    """The core and the package are promised to be compact: 1500 and 5000 lines of code."""
+    """Compactness is a promise: the core, all that a number comes out of, and what draws it."""
     lines = {name: code_lines(source) for name, source in sources.items()}
-    core = sum(n for name, n in lines.items() if name.split(".")[0] in CORE)
-    total = sum(lines.values())
-    bad = [f"core: {core} lines, the limit is 1500"] if core > 1500 else []
-    return bad + ([f"package: {total} lines, the limit is 5000"] if total > 5000 else [])
+    parts = {
+        "core": (1500, {name for name in lines if name.split(".")[0] in CORE}),
+        "package without lab": (5000, {name for name in lines if name.split(".")[0] != "lab"}),
+        "lab": (2000, {name for name in lines if name.split(".")[0] == "lab"}),
+    }
+    sums = {part: (sum(lines[n] for n in names), top) for part, (top, names) in parts.items()}
+    return [f"{part}: {n} lines, the limit is {top}" for part, (n, top) in sums.items() if n > top]
 
 
 def _mode(call):
@@ -254,7 +260,10 @@ def test_planted_length_is_caught():
     assert long_parts("kl", body + "    x = 1\n") == ["kl.f: 41 lines, the limit is 40"]
     assert long_parts("kl", "x = 1\n" * 351)
     assert over_budget({"kl": "x = 1\n" * 1501}) == ["core: 1501 lines, the limit is 1500"]
-    assert over_budget({"desk": "x = 1\n" * 5001}) == ["package: 5001 lines, the limit is 5000"]
+    assert over_budget({"desk": "x = 1\n" * 5001}) == [
+        "package without lab: 5001 lines, the limit is 5000"
+    ]
+    assert over_budget({"lab.plots": "x = 1\n" * 2001}) == ["lab: 2001 lines, the limit is 2000"]
 
 
 @pytest.mark.parametrize(
