@@ -83,6 +83,10 @@ def test_a_smaller_epsilon_clips_more_moves_less_takes_longer_and_ends_the_same(
 def test_the_dial_draws_the_numbers_that_it_says(dial):
     dial.controls["eps"].value = 0.8
     band, bars, said, share, move, line = dial._artists
+    homes = {a: a.axes.get_title(loc="left") for a in (band, bars, share, move, line)}
+    assert homes[band] == homes[bars] == "ratios after the update"
+    assert homes[share] == "clipped tokens" and homes[move] == "move, nats/answer"
+    assert homes[line] == "two answers"
     assert (band.get_x(), band.get_width()) == pytest.approx((0.2, 1.6))
     assert "0.2 to 1.8" in said.get_text()
     ratios, nats = dial._sweep[0.8]

@@ -29,7 +29,7 @@ def clip_figure(sweep: Sweep, paths: Paths, goal: float) -> Figure:
     `sweep` {epsilon: (ratios [tokens] after the update, its KL in nats per answer)}; `paths`
     P(verbose) after each rollout on two answers, for the same epsilons; `goal` what theory says.
     """
-    figure, grid = blank(11, 4.4), list(sweep)
+    figure, grid = blank(10, 4), list(sweep)
     axes = figure.subplot_mosaic([["h", "c", "p"], ["h", "k", "p"]], width_ratios=(5, 3.4, 4))
     ax = tidy(axes["h"], "ratios after the update", "new / old probability", "tokens (log)")
     ax.set(xscale="log", yscale="log", xlim=(BINS[0], BINS[-1]), ylim=(0.5, 9000))
@@ -39,7 +39,7 @@ def clip_figure(sweep: Sweep, paths: Paths, goal: float) -> Figure:
     for key, title, values in (("c", "clipped tokens", shares), ("k", "move, nats/answer", moves)):
         ax = tidy(axes[key], title, "epsilon (log)" if key == "k" else "")
         ax.plot(grid, values, color=GREY, marker=".")
-        ax.set(xscale="log", ylim=(0, 1.25 * max(values)))
+        ax.set(xscale="log", ylim=(-0.08 * max(values), 1.25 * max(values)))
         ax.set_xticks(grid, [f"{eps:g}" if key == "k" else "" for eps in grid])
     axes["c"].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     for key in "hck":
@@ -69,7 +69,8 @@ class ClipDial(Panel):
     def __init__(self, sweep: Sweep, paths: Paths, goal: float):
         self._sweep, self._paths, self._goal = sweep, paths, goal
         figure, grid = clip_figure(sweep, paths, goal), list(sweep)
-        hist, share, move, path = figure.axes
+        axes = {ax.get_label(): ax for ax in figure.axes}  # figure.axes has an order of its own
+        hist, share, move, path = (axes[key] for key in "hckp")
         band = hist.axvspan(0.9, 1.1, color=ORANGE, alpha=0.4, lw=0)
         bars = hist.stairs(_counts(sweep[grid[0]][0]), BINS, color=BLUE, lw=2.5, baseline=0.5)
         said = hist.text(0.03, 0.95, "", fontsize=12, transform=hist.transAxes)

@@ -316,7 +316,7 @@ for name, config in arms.items():
     with torch.no_grad():
         policy.scalar.bias.fill_(-0.3)
     run = PPO(policy, start, lambda _p, r, _m: worth * (r[:, 0] == 0), torch.tensor([[1]]), config)
-    up = [step.metrics["advantage/positive_share"] for step in anneal(run, 60)]
+    up = [step.metrics["advantage/positive_share"] for step in anneal(run, 40)]
     baseline_runs[name] = verbose_share(policy), sum(up) / len(up)
 print(f"theory {theory:.1f}")
 for name, (end, up) in baseline_runs.items():
