@@ -45,8 +45,9 @@ def curves_figure(panels: Mapping[str, tuple[str, str, Lines]], said: str) -> Fi
         tidy(ax, title, x_label, unit)
         for name, (x, y) in lines.items():
             style = dict(zip(("color", "ls", "marker"), LOOKS[names.index(name)], strict=True))
-            (handles[name],) = ax.plot(x, y, lw=2.5, ms=6, markevery=0.12, **style)
-    place: Any = {"loc": "outside lower center", "ncols": 2}
+            every = max(1, len(x) // 8)
+            (handles[name],) = ax.plot(x, y, lw=2.5, ms=6, markevery=every, **style)
+    place: Any = {"loc": "outside lower center", "ncols": 3}
     figure.legend(handles.values(), handles, fontsize=12, frameon=False, **place)
     figure.set_label(said)
     return figure

@@ -70,8 +70,8 @@ assert penalty[0].abs().max() == 0 < surprise.min()
 print("measured:")
 means = [penalty[step].mean().item() for step in run.steps]
 lines = {
-    "surprise: -log of the reference's probability": (run.steps, [surprise.mean()] * len(means)),
-    "penalty L: the policy has moved there": (run.steps, means),
+    "surprise under the reference": (run.steps, [surprise.mean()] * len(means)),
+    "penalty L": (run.steps, means),
 }
 said = f"The same texts: surprise {surprise.mean():.0f} nats, penalty 0 to {means[-1]:.0f} nats."
 Picture(
@@ -352,10 +352,13 @@ def paid(prompts, responses, mask):
     return GAP * (responses[:, 0] == 0).float()
 
 
-def train(beta, place="reward", estimator="k1", start=reference, steps=100, watch=False):
-    """A policy trained by PPO from `start`, which is also its reference; rows of `measure`."""
-    c = settings(beta, max_new_tokens=1, batch=64, kl_place=place, kl_estimator=estimator)
-    ppo, rows = PPO(copy.deepcopy(start), start, paid, questions, c), []
+def train(beta, place="reward", estimator="k1", start=reference, steps=100, watch=False, on=8):
+    """A policy trained by PPO from `start`, which is also its reference, on the first `on`
+    prompts; rows of `measure`."""
+    small = {"max_new_tokens": 1, "batch": 64, "lr": 0.003}
+    c = settings(beta, kl_place=place, kl_estimator=estimator, **small)
+    ppo = PPO(copy.deepcopy(start), start, paid, questions[:on], c)
+    rows = [measure(ppo.policy, place, beta)]
     for _ in anneal(ppo, steps):
         if watch:
             rows.append(measure(ppo.policy, place, beta))
@@ -374,7 +377,8 @@ print("p0:", " ".join(f"{x:.2g}" for x in p0))
 # output not compared: policies trained here differ in their last digits between processors
 print("measured:")
 held, good_rows = train(0.1, watch=True)
-book = {beta: train(beta, "book_literal", watch=beta == 1) for beta in (0.05, 0.2, 1)}
+book = {beta: train(beta, "book_literal", steps=60) for beta in (0.05, 0.2)}
+book[1] = train(1, "book_literal", watch=True)
 for beta, (policy, _) in book.items():
     print(f"book's formula, beta {beta}: mean share of V {share(policy).mean():.3f}")
 print(f"KL in the reward, beta 0.1: mean share of V {share(held).mean():.3f}")
@@ -382,7 +386,7 @@ print(f"KL in the reward, beta 0.1: mean share of V {share(held).mean():.3f}")
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 titles = {"proxy": "reward sd", "gold": "points", "KL": "nats", "pull": "gradient's length"}
-steps, panels = range(1, 101), {}
+steps, panels = range(101), {}
 for i, (title, unit) in enumerate(titles.items()):
     a, b = ([row[i] for row in rows] for rows in (good_rows, book[1][1]))
     lines = {"KL in the reward, beta 0.1": (steps, a), "the book's formula, beta 1": (steps, b)}
@@ -398,8 +402,9 @@ print("its KL is the larger one, its pull is rounding error")
 
 # %% [markdown]
 # A large logged KL and no force: the logged number is a mean of k1, its *gradient* has mean zero.
-# Ten or twenty times the price changes nothing. The fourth panel tells the two apart from the
-# first steps on.
+# Ten or twenty times the price changes nothing. With KL in the reward the pull starts at zero,
+# too, and grows until it balances the reward's push; it stays there. The fourth panel tells the
+# two runs apart within a few steps.
 #
 # It is a little worse than nothing. Within one batch the samples are those of the old policy, and
 # their mean of $s$ is $p_{old} - p$. So the penalty adds $+\beta (p - p_{old})$ to the climb:
@@ -456,8 +461,8 @@ read = (batch.prompts, batch.responses, mask)
 with torch.no_grad():  # the shipped policy of this step: one update after the batch was drawn
     outputs = [response_outputs(model, *read)[0] for model in (run.policy(step), run.reference)]
 state_kl = torch.where(mask, exact_kl(*outputs), 0.0)
-held_by = {"|l| of the sampled token": lorenz(log_ratio[mask].abs())}
-held_by |= {"exact KL of the state": lorenz(state_kl[mask])}
+held_by = {"sampled |l|": lorenz(log_ratio[mask].abs())}
+held_by |= {"exact KL": lorenz(state_kl[mask])}
 x = torch.linspace(0, 1, int(mask.sum()))
 lines = {name: (x, y) for name, y in held_by.items()} | {"if all paid alike": ([0, 1], [0, 1])}
 tenth = {name: y[len(y) // 10 - 1].item() for name, y in held_by.items()}
@@ -638,27 +643,50 @@ for k in (4.0, 8.0):
 
 # %% tags=["nbval-ignore-output"]
 # output not compared: policies trained here differ in their last digits between processors
-runs = {("k1 in the reward", beta): share(train(beta)[0]) for beta in (0.05, 0.075, 0.15, 0.3)}
-runs["k1 in the reward", 0.1] = share(held)
-runs["k3 in the loss", 0.15] = share(train(0.15, "loss", "k3")[0])
-runs["k3 in the reward", 0.1] = share(train(0.1, "reward", "k3")[0])
-runs |= {("k1 in the loss: the book's formula", b): share(book[b][0]) for b in (0.05, 0.2, 1)}
+from minirlhf.lab.penalty import WAYS
+
+policies = {("k1 in the reward", beta): train(beta)[0] for beta in (0.05, 0.075, 0.15, 0.3)}
+policies["k1 in the reward", 0.1] = held
+policies["k3 in the loss", 0.15] = train(0.15, "loss", "k3")[0]
+policies["k3 in the reward", 0.1] = train(0.1, "reward", "k3", steps=60)[0]
+policies |= {("k1 in the loss: the book's formula", b): book[b][0] for b in book}
+
+runs = {key: share(policy) for key, policy in policies.items()}
 print("p0      " + "".join(f"{x:7.2g}" for x in p0))
+theory = {}
 for (way, beta), ends in runs.items():
-    theory = torch.stack([ends, two_answer(p0, GAP, beta)])
+    place, estimator = WAYS[way]
+    theory[way, beta] = two_answer_end(p0, GAP, beta, place=place, estimator=estimator)
     print(f"{way}, beta {beta}")
-    print("  ends  " + "".join(f"{x:7.3f}" for x in ends))
-    if way == "k1 in the reward":
-        print("  theory" + "".join(f"{x:7.3f}" for x in two_answer(p0, GAP, beta)))
+    print("  PPO   " + "".join(f"{x:7.3f}" for x in ends))
+    print("  theory" + "".join(f"{x:7.3f}" for x in theory[way, beta]))
 
 # %%
+within = {"k1 in the reward": 0.05, "k3 in the loss": 0.1, [*WAYS][-1]: 0.02}
+for way, allowed in within.items():
+    here = [key for key in runs if key[0] == way]
+    assert all((runs[key] - theory[key]).abs().max() < allowed for key in here)
+    print(f"{way}: all {8 * len(here)} end points within {allowed} of theory")
+
 good = {beta: ends for (way, beta), ends in runs.items() if way == "k1 in the reward"}
-misses = [(ends - two_answer(p0, GAP, beta)).abs() for beta, ends in good.items()]
-print(f"{int((torch.stack(misses) < 0.05).sum())} of {8 * len(good)} end points within 0.05")
-assert torch.stack(misses).max() < 0.05
 for beta, ends in sorted(good.items()):
-    peak = p0[(ends - p0).argmax()]
-    print(f"beta {beta:5}: moved most {peak:.2g}, theory's peak {largest_drift(GAP, beta):.2g}")
+    peak = largest_drift(GAP, beta)
+    bin_of_peak = int((p0.logit() - peak.logit()).abs().argmin())
+    assert abs(int((ends - p0).argmax()) - bin_of_peak) <= 1
+    print(f"beta {beta}: most should move at p0 = {peak:.2g}; it does, or at a neighbour")
+
+# %% [markdown]
+# k3 in the loss keeps an error of some hundredths: near its end it creeps. And one prompt is
+# missing in this list. k3 in the *reward* should hold the rarest one, p0 = 0.003, and let the
+# other seven go. Is theory wrong, or is it that eight prompts share one network?
+
+# %%
+alone, _ = train(0.1, "reward", "k3", steps=60, on=1)
+first, rest = theory["k3 in the reward", 0.1][0], theory["k3 in the reward", 0.1][1:]
+assert rest.min() == 1 and runs["k3 in the reward", 0.1][1:].min() > 0.98
+assert abs(share(alone)[0] - first) < 0.03 < abs(runs["k3 in the reward", 0.1][0] - first)
+print(f"p0 = 0.003: theory {first:.2f}. Trained alone it ends within 0.03 of that;")
+print("trained with the seven that run away it does not: they take it along")
 
 # %% [markdown]
 # **Predict**, before you turn to k3 on the dial. k3 in the loss at $k = 2$ ($\beta = 0.15$): where
@@ -673,13 +701,16 @@ for x in (0.1, 0.001):
     print(f"k = 2, p0 = {x}: k1 in the reward {one:.3f}, k3 in the loss {three:.3f}")
 far = two_answer_end(0.01, 3.0, 1.0, place="reward", estimator="k3")
 print(f"k = 3, p0 = 0.01: k3 in the reward ends at {far:.2f};")
-for x in (0.1, 0.01, 0.001):
-    print(f"  from p0 = {x} nothing stops it above k = {runaway_threshold(x):.2f}")
+for x in (0.5, 0.1, 0.01, 0.001):
+    limit = runaway_threshold(x)
+    print(f"  from p0 = {x} nothing stops it above k = {limit:.2f}")
+assert runaway_threshold(0.5) == 0
 
 # %% [markdown]
 # k3 in the loss has the pull of the *forward* KL. It saturates, so a rare answer is hardly
 # protected: the end depends on $p_0$ only weakly. k3 in the reward pulls less and less as $p$
-# nears 1, and then pushes. From $p_0 \ge 0.5$ it pushes V up from the start, at every $\beta$.
+# nears 1, and then pushes. From $p_0 \ge 0.5$ it pushes V up from the start: no $\beta$, however
+# large, holds a policy there.
 #
 # **Turn the dials.** Left: the reward's push (dashed) against the penalty's pull, in log-odds; they
 # meet where training ends. Middle and right: theory as a line, real runs as dots.
@@ -700,9 +731,8 @@ for way in controls["way"].options:
         for prompt in (0, len(p0) - 1):
             controls["beta"].value, controls["prompt"].value = beta, prompt
             assert p0[prompt] - 1e-6 <= dial.shown["end"] <= 1
-        moves.append((dial.shown["ends"] - two_answer(0.5, 0.0, 1.0)).max().item())
         controls["prompt"].value = 1
-        moves[-1] = dial.shown["end"] - p0[1].item()
+        moves.append(dial.shown["end"] - p0[1].item())
     print(f"{way:34} moves p0 = 0.01 by {moves[0]:.2f} to {moves[1]:.2f}")
     assert moves[0] >= moves[1] - 1e-9
 controls["beta"].value, controls["way"].value = 0.1, "k1 in the reward"
@@ -722,14 +752,13 @@ print("measured:")
 from minirlhf.oracle import moving_reference
 
 stairs = moving_reference(p0, GAP, 0.15, 3)
-policy, climbed = reference, []
-for _ in range(3):
-    policy, _ = train(0.15, start=policy)
-    climbed.append(share(policy))
-for n, (theory, ends) in enumerate(zip(stairs, climbed, strict=True), 1):
-    near = int(((ends - theory).abs() < 0.1).sum())
-    print(f"round {n}: p0 = 0.01 is at {theory[1]:.2f} in theory; PPO within 0.1 on {near} of 8")
-    assert near >= 6
+policy = policies["k1 in the reward", 0.15]  # the first round
+for n, step_up in enumerate(stairs, 1):
+    if n > 1:
+        policy, _ = train(0.15, start=policy, steps=60)
+    far = (share(policy) - step_up).abs().max()
+    print(f"round {n}: theory puts p0 = 0.01 at {step_up[1]:.2f}; PPO is within 0.15 everywhere")
+    assert far < 0.15
 
 # %% [markdown]
 # In every round the logged KL is that of one round, modest and honest. The distance to the model
