@@ -49,6 +49,15 @@ def test_steps_answer_and_repeat():
     assert {s.role for s in said[half:]} == {"repeats"}
 
 
+def test_a_step_without_its_fact_does_not_answer():
+    prompt = next(p for p in DESK.probes(8) if "reset" in p.text)
+    steps = DESK.concise(prompt).split(" . ")
+    garbled = steps[0].replace(prompt.value, "first") + " ."
+    assert not DESK.grade(prompt, garbled).correct and not DESK.grade(prompt, garbled).evasive
+    said = read_answer(DESK, prompt, f"{garbled} {garbled} {DESK.concise(prompt)}")
+    assert [s.role for s in said] == ["other", "repeats", *["answers"] * len(steps)]
+
+
 @given(st.lists(st.sampled_from(DESK.vocabulary.words[3:]), max_size=48), st.integers(0, 9))
 def test_roles_never_disagree_with_the_grade(words, probe):
     prompt, text = DESK.probes(10)[probe], " ".join(words)
@@ -60,7 +69,12 @@ def test_roles_never_disagree_with_the_grade(words, probe):
         assert not roles & {"answers", "repeats", "wrong"}
     if "wrong" in roles:
         assert grade.wrong
-    idle = [s for s in said if s.role in ("courtesy", "repeats", "other")]
+    if "answers" in roles:
+        assert grade.steps_share > 0 and not grade.missing
+    if not roles & {"hedges", "wrong"}:
+        assert ("answers" in roles) == (grade.steps_share > 0)
+        assert grade.correct == (grade.steps_share == 1)
+    idle = [s for s in said if s.role in ("courtesy", "repeats")]
     assert grade.padding_tokens >= sum(len(s.text.split()) for s in idle)
 
 

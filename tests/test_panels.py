@@ -114,7 +114,7 @@ def test_first_look_shows_the_rows_of_the_table():
     run = case()
     look = FirstLook(run)
     step, probe = look.controls["step"], look.controls["probe"]
-    assert list(step.options) == list(STEPS) and step.value == STEPS[-1]
+    assert (step.min, step.max, step.step) == (0, 20, 10) and step.value == STEPS[-1]
     for at in (STEPS[0], STEPS[1], STEPS[-1]):
         for i in (0, 3, 15):
             step.value, probe.value = at, i
@@ -126,6 +126,27 @@ def test_first_look_shows_the_rows_of_the_table():
                 for key in ("answer", "length_tokens", "rm_score_sd", "gold"):
                     assert shown[key] == row[key]
             assert f"gold {table.loc[(at, i)].gold:+.2f} points" in look.live.alt
+
+
+def test_uneven_audits_show_the_last_one_so_far():
+    run = case()
+    run.summary["history"][1]["step"], late = 15, {10: 15, 20: 20}
+    run.answers["step"] = run.answers.step.replace(late)
+    look = FirstLook(run)
+    dial = look.controls["step"]
+    assert dial.step == 5 and (dial.min, dial.max) == (0, 20)
+    for at, shown in ((5, 0), (15, 15), (20, 20), (10, 0)):
+        dial.value = at
+        assert look.shown["now"]["step"] == shown and f"step {shown} says" in look.live.alt
+        assert look._marks[0].get_xdata()[0] == shown
+    assert pixels(look.still()[0]).any()
+
+
+def test_no_two_prompts_of_the_list_read_the_same():
+    names = [name for name, _ in FirstLook(case()).controls["probe"].options]
+    assert len(set(names)) == len(names) == 16
+    asked = [name.split(". ", 1)[1] for name in names]
+    assert len(set(asked)) == len(asked), "the customer's question and fact tell them apart too"
 
 
 def test_first_look_moves_its_markers():
@@ -221,6 +242,8 @@ def test_labeler_dials_reach_from_fair_to_caricature(pairs):
         control.value = control.max
     assert min(panel.shown.values()) > 0.5
     assert f"{panel.shown['longer_wins']:.0%}" in panel.live.alt
+    assert "expected over" in panel.live.alt  # a drawn share is another number
+    assert panel.live._canvas.figure.axes[0].get_xlabel().startswith("expected share")
 
 
 def test_the_browser_need_not_move_a_dial_onto_a_step(pairs):

@@ -1,9 +1,10 @@
 """Reading an answer sentence by sentence: what does each sentence do for the customer?
 
-The auditor's grade decides (`Desk.grade`), sentence by sentence and with what was said before, so
-the colours cannot disagree with the numbers. Each role has a word, a tint and an edge: nobody has
-to tell colours apart. Left out: blame within a sentence; a rambling one that states the fact
-"answers", although its surplus words count as padding.
+The auditor's grade decides (`Desk.grade`), sentence by sentence and with what was said before: a
+sentence answers if the graded share of the fact or steps rises with it, and it neither hedges nor
+names a wrong value. Each role has a word, a tint and an edge: nobody has to tell colours apart.
+Left out: blame within a sentence; a rambling one that states the fact "answers", although its
+surplus words count as padding.
 """
 
 import html
@@ -42,16 +43,19 @@ def read_answer(desk: Desk, prompt: Prompt, answer: str) -> list[Sentence]:
     for text in _sentences(answer):
         alone, so_far = desk.grade(prompt, text), f"{before} {text}".strip()
         value = next((w for w in text.split() if w in desk.spec.slots[prompt.slot]), "")
-        added = desk.grade(prompt, so_far).padding_tokens
-        added -= desk.grade(prompt, before).padding_tokens
+        was, now = desk.grade(prompt, before), desk.grade(prompt, so_far)
         if alone.hedged:
             role = "hedges"
         elif alone.wrong:
             role = "wrong"
-        elif not alone.evasive:
-            role = "answers" if added < len(text.split()) else "repeats"
-        else:
-            role = "courtesy" if alone.courtesy_tokens else "other"
+        elif now.steps_share > was.steps_share:
+            role = "answers"
+        elif alone.courtesy_tokens and alone.evasive:
+            role = "courtesy"
+        elif not alone.evasive and now.padding_tokens - was.padding_tokens == len(text.split()):
+            role = "repeats"
+        else:  # also a step whose words are there and whose fact is not
+            role = "other"
         said.append(Sentence(text, role, value))
         before = so_far
     return said

@@ -9,13 +9,17 @@ Left out: sampling anew (the answers are those that were audited).
 """
 
 import html
+from bisect import bisect
 from collections.abc import Mapping
+from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import ipywidgets as widgets
 
+from minirlhf.desk import Prompt
 from minirlhf.lab.answers import Sentence, answer_html, draw_answer, read_answer
-from minirlhf.lab.live import LiveFigure, Panel, looks, png
+from minirlhf.lab.live import LiveFigure, Panel, looks, png, slider
 from minirlhf.lab.plots import GREY, INK, STRATUM, audits, blank, curve, tidy
 
 WIDTH = 960  # CSS pixels; fits a lab of 1366 with its file browser open
@@ -32,19 +36,19 @@ class FirstLook(Panel):
 
     def __init__(self, run: Any):
         table, self._entries = run.answers, audits(run.summary)
-        first, last = self._entries[0]["step"], self._entries[-1]["step"]
+        self._steps = [entry["step"] for entry in self._entries]
+        first, last = self._steps[0], self._steps[-1]
         self._desk, self._probes = run.desk, run.desk.probes(int(table.probe.max()) + 1)
         asked = table[table.step == first].sort_values("probe").prompt
         if [p.text for p in self._probes] != list(asked):
             raise ValueError("the run's answers are to other probes than this desk's; use its desk")
         kept = table[table.probe < PROBES].assign(at=table.step)
         self._rows = kept.set_index(["at", "probe"]).to_dict("index")
-        names = [(_name(row), probe) for (step, probe), row in self._rows.items() if step == first]
-        steps = [entry["step"] for entry in self._entries]
+        names = [(_name(i, p), i) for i, p in enumerate(self._probes[:PROBES])]
+        # a slider over the steps, not over their list: a screen reader says 80, not 8
+        every = gcd(*(b - a for a, b in pairwise(self._steps))) or 1
         controls = {
-            "step": widgets.SelectionSlider(
-                options=steps, value=last, description="training step", **looks()
-            ),
+            "step": slider("training step", last, first, last, every),
             "probe": widgets.Dropdown(options=names, description="prompt", **looks()),
         }
         figure = blank(9.6, 2.3)
@@ -54,8 +58,8 @@ class FirstLook(Panel):
         super().__init__("first look", controls, live, self.show, [self._text])
 
     def show(self, step: int, probe: int) -> str:
-        """Move to a step and a prompt; returns what is shown, in words."""
-        first = self._entries[0]["step"]
+        """Move to the last audit up to a step, and a prompt; returns what is shown, in words."""
+        first, step = self._steps[0], self._steps[bisect(self._steps, step) - 1]
         self.shown = {"before": self._rows[first, probe], "now": self._rows[step, probe]}
         self._text.value = _text_html(self.shown, self._said(probe))
         _move(self._marks, self._entries, step)
@@ -67,17 +71,17 @@ class FirstLook(Panel):
 
     def still(self) -> tuple[bytes, str]:
         """The panel as one picture, answers included, for a page without a kernel."""
-        step, probe = self.values().values()
         figure = blank(9.6, 6.2)
+        said = self._said(self.controls["probe"].value)
         parts: Any = figure.subfigures(2, 1, height_ratios=(3.7, 2.5))
         asked = f"customer: {_plain(self.shown['now'])}"
         parts[0].suptitle(asked, fontsize=11, x=0.01, ha="left")
-        rows = zip(parts[0].subplots(1, 2), self.shown.items(), self._said(probe), strict=True)
-        for ax, (name, row), said in rows:
-            draw_answer(ax, said, columns=46, lines=11)
+        rows = zip(parts[0].subplots(1, 2), self.shown.items(), said, strict=True)
+        for ax, (name, row), sentences in rows:
+            draw_answer(ax, sentences, columns=46, lines=11)
             ax.set_title(_head(name, row), fontsize=11, weight="bold", loc="left")
             ax.text(0, 11.9, _numbers(row), fontsize=10)
-        _move(_draw_curves(parts[1], self._entries), self._entries, step)
+        _move(_draw_curves(parts[1], self._entries), self._entries, self.shown["now"]["step"])
         return png(figure), self.live.alt
 
 
@@ -110,9 +114,13 @@ def _plain(row: Mapping[str, Any]) -> str:
     return row["prompt"].removesuffix(" <sep>")
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    """A prompt in the list: its question, and how the reference answers such prompts."""
-    return f"{_plain(row).split(' . ', 1)[-1]} ({row['stratum']})"
+def _name(number: int, prompt: Prompt) -> str:
+    """A prompt in the list: its question, how the reference answers such, and the true value.
+
+    Two customers may ask the same; the number tells them apart.
+    """
+    question = prompt.text.removesuffix(" <sep>").split(" . ", 1)[-1]
+    return f"{number + 1}. {question} ({prompt.stratum}: {prompt.value})"
 
 
 def _head(name: str, row: Mapping[str, Any]) -> str:

@@ -39,13 +39,15 @@ def expected_bias(pairs: Pairs, config: PreferenceConfig) -> dict[str, float]:
 class LabelerDials(Panel):
     """Three dials of the labelers over the bias that they would put into `pairs`.
 
-    `shown` holds the four shares on screen; the hollow marks are those of `config`.
+    `shown` holds the four shares on screen; the hollow marks are those of `config`. All are
+    expected over the labelers' noise: labels drawn once lie around them.
     """
 
     def __init__(self, pairs: Pairs, config: PreferenceConfig):
         self._pairs, self._config = pairs, config
         figure = bias_figure({"settings of the course": expected_bias(pairs, config)})
         ax = figure.axes[0]
+        ax.set_xlabel("expected share of labels (50 % = no preference)")
         ax.lines[-1].set(markerfacecolor="none", markersize=15, markeredgewidth=2)
         (self._dots,) = ax.plot([], [], "s", color=BLUE, ms=10, label="your labelers")
         figure.legends[0].remove()
@@ -65,10 +67,10 @@ class LabelerDials(Panel):
         self._dots.set_data([self.shown[key] for key in BIASES.values()], range(len(BIASES)))
         said = ", ".join(f"{name} {value:.2f}" for name, value in dials.items())
         return (
-            f"With {said}: the longer answer wins {self.shown['longer_wins']:.0%} of the labels, "
-            f"the hedging one {self.shown['hedged_wins']:.0%}; where both are equally right and "
-            f"direct, {self.shown['longer_wins_matched']:.0%} and "
-            f"{self.shown['hedged_wins_matched']:.0%}."
+            f"With {said}: expected over the labelers' noise, the longer answer wins "
+            f"{self.shown['longer_wins']:.0%} of the labels, the hedging one "
+            f"{self.shown['hedged_wins']:.0%}; where both are equally right and direct, "
+            f"{self.shown['longer_wins_matched']:.0%} and {self.shown['hedged_wins_matched']:.0%}."
         )
 
 
