@@ -15,7 +15,8 @@ from minirlhf.desk import Desk
 from minirlhf.lab import plots
 from minirlhf.lab.answers import ROLES, answer_html, draw_answer, read_answer
 from minirlhf.lab.live import Picture, png
-from minirlhf.lab.report import examples, report_html
+from minirlhf.lab.report import _settings, examples, report_html
+from minirlhf.shipped import shipped
 
 DESK = Desk.load()
 PROMPT = DESK.probes(1)[0]
@@ -267,14 +268,35 @@ def test_report_is_one_whole_page_without_links_or_scripts():
     assert all(len(image["alt"]) > 20 for image in page.images)
     for said in (
         "seed 3",
-        "ppo.clip_style",
-        "matched_gap_sd.brief",
+        "--ppo.clip-style",
+        "price of KL, reward sd per nat",
+        "RM score of one courtesy phrase, brief",
+        "66.0%",
+        "reference: imitating demonstrations",
         "step 10",
         "+4.20",
         "reward sd",
     ):
         assert said in page.text, said
     assert "None" not in page.text and "nan" not in page.text
+
+
+def test_every_number_of_a_real_run_has_words_in_its_report():
+    run = shipped()
+    text = Page(report_html(run.summary, run.answers)).text
+    keys = [key for part in ("raw_pairs", "reward_model", "seconds") for key in run.summary[part]]
+    raw = [key for key in keys if "_" in key and key in text]
+    assert len(keys) > 10 and raw == [], "a key is no word"
+    unexplained = [option for option, _, meaning in _settings(run.summary["config"]) if not meaning]
+    assert unexplained == []
+    length = run.summary["final"]["brief"]["length_tokens"]
+    assert f"{length:.1f}" in text and f"+{length:.2f}" not in text, "a length has no sign"
+
+
+def test_report_of_a_quick_run_says_so():
+    page = report_html(summary(), answers(DESK), quick=True)
+    assert Page(page).open == [] and "too few pairs and steps" in Page(page).text
+    assert "--quick" not in Page(report_html(summary(), answers(DESK))).text
 
 
 def test_report_escapes_what_the_run_said():
@@ -296,6 +318,33 @@ def test_report_of_a_run_without_a_batch_or_a_stratum():
 def test_examples_are_the_first_brief_probes_and_nothing_else():
     table = answers(DESK)
     found = examples(table, 3)
-    brief = [i for i, p in enumerate(DESK.probes(20)) if p.stratum == "brief"][:3]
+    charts = dict.fromkeys(("one", "two", "three"), ("x", "nats", curves))
+    figure = plots.chart_figure("said", charts)
     assert [int(before.name) for before, _ in found] == brief
     assert all((a.step, b.step) == (0, STEPS[-1]) for a, b in found)
+
+
+def test_charts_hold_their_curves_and_levels():
+    curves = {"a": ([0, 1, 2], [3.0, 4.0, 5.0]), "b": ([0, 2], [5.0, 3.0]), "even": ([0], 4.5)}
+    figure = plots.chart_figure(
+        "said", {"one": ("x", "nats", curves), "two": ("x", "sd", {"c": curves["a"]})}
+    )
+    one, two = figure.axes
+    assert [line.get_label() for line in one.lines] == ["a", "b", "even"]
+    assert list(one.lines[0].get_ydata()) == [3, 4, 5] and set(one.lines[2].get_ydata()) == {4.5}
+    assert (one.get_xlabel(), one.get_ylabel(), two.get_ylabel()) == ("x", "nats", "sd")
+    assert figure.get_label() == "said" and len(png(figure)) > 5000
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in one.lines}
+    assert len(looks) == 3
+    assert [len(ax.get_legend().get_texts()) for ax in figure.axes] == [3, 1] and not figure.legends
+
+
+def test_charts_of_the_same_names_share_one_legend_and_their_looks():
+    curves = {"a": ([0, 1], [0.0, 1.0]), "b": ([0, 1], [1.0, 0.0])}
+    figure = plots.chart_figure(
+        "said", dict.fromkeys(("one", "two", "three"), ("x", "nats", curves))
+    )
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
+    looks = [[(li.get_color(), li.get_linestyle()) for li in ax.lines] for ax in figure.axes]
+    assert looks[0] == looks[1] == looks[2] and looks[0][0] != looks[0][1]
+    assert all(ax.get_legend() is None for ax in figure.axes)

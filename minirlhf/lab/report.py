@@ -4,13 +4,19 @@ Offline evaluation beside the targeted audit, the batch's facts, answers before 
 and settings. Every text of the run is escaped. Left out: scripts, fonts and links.
 """
 
+import ast
 import html
+import inspect
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from minirlhf.drift_config import DriftConfig
 from minirlhf.lab.live import image_tag, png
 from minirlhf.lab.plots import SEEN_BY_AUDITOR, SEEN_BY_TEAM
 
@@ -23,6 +29,7 @@ figure{margin:1.5em 0}figcaption{color:#444;font-size:.9em}pre{white-space:pre-w
 background:#f5f5f5;padding:1em}.pair{break-inside:avoid;border-top:1px solid #ccc}
 @media print{body{margin:0;max-width:none;font-size:11pt}h2{break-after:avoid}
 figure,table{break-inside:avoid}}
+.note{border-left:6px solid #D55E00;background:#FBEDE4;padding:.5em 1em}
 """
 BATCH = {  # key -> (name, unit, format)
     "rm_gap_sd": ("RM score of one courtesy phrase on a concise answer", "reward sd", "+.2f"),
@@ -35,16 +42,55 @@ BATCH = {  # key -> (name, unit, format)
     "n_verbose": ("verbose answers to brief prompts", "count", ".0f"),
     "n_concise": ("concise answers to brief prompts", "count", ".0f"),
 }
+MATCHED = "both equally right and direct"
+LABELS = {  # of the pairs, then of the reward model; the same three
+    "n": ("labelled pairs to train on", "count", ".0f"),
+    "longer_wins": ("the longer answer won the label", "share of pairs", ".1%"),
+    "n_longer_wins": ("pairs of different lengths", "count", ".0f"),
+    "longer_wins_matched": (f"the longer answer won, {MATCHED}", "share of pairs", ".1%"),
+    "n_longer_wins_matched": (f"pairs of different lengths, {MATCHED}", "count", ".0f"),
+    "hedged_wins": ("the hedging answer won the label", "share of pairs", ".1%"),
+    "n_hedged_wins": ("pairs with one hedging answer", "count", ".0f"),
+    "hedged_wins_matched": (f"the hedging answer won, {MATCHED}", "share of pairs", ".1%"),
+    "n_hedged_wins_matched": (f"pairs with one hedging answer, {MATCHED}", "count", ".0f"),
+    "heldout_accuracy": ("RM agrees with held-out labels", "share of pairs", ".1%"),
+    "bayes_ceiling": ("the most that label noise allows", "share of pairs", ".1%"),
+    "gold_ceiling": ("what ranking by gold would reach", "share of pairs", ".1%"),
+    "length_ruler_accuracy": ("what ranking by length alone reaches", "share of pairs", ".1%"),
+    "gold_accuracy": ("RM agrees with gold where gold differs", "share of pairs", ".1%"),
+    "matched_gap_sd.brief": ("RM score of one courtesy phrase, brief", "reward sd", "+.2f"),
+    "matched_gap_sd.detailed": ("RM score of one courtesy phrase, detailed", "reward sd", "+.2f"),
+}
+STAGES = {
+    "sft": "reference: imitating demonstrations",
+    "preferences": "writing and labelling pairs",
+    "reward": "reward model",
+    "ppo": "PPO",
+    "audit": "audits",
+    "total": "all together",
+}
+QUICK = (
+    "Made with --quick: too few pairs and steps to show the drift. The numbers say that the "
+    "command works, and nothing about the case."
+)
 
 
 def report_html(
-    summary: Mapping[str, Any], answers: pd.DataFrame, figures: Sequence[Figure] = ()
+    summary: Mapping[str, Any],
+    answers: pd.DataFrame,
+    figures: Sequence[Figure] = (),
+    *,
+    quick: bool = False,
 ) -> str:
-    """The page of one run: its summary, its table of answers, labelled figures."""
+    """The page of one run: its summary, its table of answers, labelled figures.
+
+    `quick` puts a note on top that the run was too small to show anything.
+    """
     a, b = summary["reference"], summary["final"]
     title = f"minirlhf drift, seed {summary['seed']}"
     parts = [
         f"<h1>{html.escape(title)}</h1>",
+        *([f'<p class="note"><b>{QUICK}</b></p>'] if quick else []),
         f"<p>{b['step'] - a['step']} PPO steps. Before: the reference. After: the policy.</p>",
         *map(_figure, figures),
         "<h2>Offline evaluation: what the team saw</h2>",
@@ -54,13 +100,19 @@ def report_html(
         _table(("measure", "unit", "before", "after", ""), _audit(a, b)),
         *_batch(summary["batch"]),
         "<h2>Before training: the labels and the reward model</h2>",
-        _table(("measure", "value"), _flat(summary["raw_pairs"] | summary["reward_model"])),
+        _table(
+            ("measure", "unit", "value"), _labels(summary["raw_pairs"], summary["reward_model"])
+        ),
         "<h2>Five answers, before and after</h2>",
         *_pairs(answers),
         "<h2>Seconds</h2>",
-        _table(("stage", "seconds"), ((k, _n(v, ".1f")) for k, v in summary["seconds"].items())),
+        _table(
+            ("stage", "seconds"),
+            ((STAGES.get(k, k), _n(v, ".1f")) for k, v in summary["seconds"].items()),
+        ),
         "<h2>Settings</h2>",
-        _table(("setting", "value"), _flat(summary["config"])),
+        "<p>Each is an option of <code>minirlhf drift</code>.</p>",
+        _table(("option", "value", "meaning and unit"), _settings(summary["config"])),
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -104,7 +156,8 @@ def _measures(
     measures: Mapping[str, tuple[str, str, str]], a: Mapping[str, Any], b: Mapping[str, Any]
 ) -> Iterable[tuple[str, ...]]:
     for key, (name, unit, better) in measures.items():
-        form = ".0%" if key.endswith("_rate") else "+.2f"
+        form = {"length_tokens": ".1f", "kl_nats": ".2f"}.get(key, "+.2f")
+        form = ".0%" if key.endswith("_rate") else form
         yield name, unit, _n(a[key], form), _n(b[key], form), better
 
 
@@ -122,19 +175,51 @@ def _batch(batch: Mapping[str, float]) -> Iterable[str]:
         yield _table(("fact", "unit", "value"), rows)
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
-    """Nested settings or measures as rows with dotted names."""
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]:
+    """Nested settings or measures with dotted names."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{name}.")
         else:
-            yield f"{above}{name}", f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield f"{above}{name}", value
+
+
+def _labels(*measured: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    """What was measured before PPO, in words; a measure that has none keeps its key."""
+    for key, value in (row for tree in measured for row in _flat(tree)):
+        name, unit, form = LABELS.get(key, (key, "", ".4g"))
+        yield name, unit, _n(value, form)
+
+
+def _settings(config: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    meant = meanings(DriftConfig)
+    for key, value in _flat(config):
+        words = value if isinstance(value, list | tuple) else [value]
+        said = ", ".join(f"{w:.4g}" if isinstance(w, float) else str(w) for w in words)
+        none = "none" if value is None else said
+        yield f"--{key.replace('_', '-')}", none, meant.get(key, "")
+
+
+def meanings(config: type, above: str = "") -> dict[str, str]:
+    """{dotted name: the docstring under it} of a config dataclass and of those inside it."""
+    (made,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
+    found = {}
+    for node, after in pairwise(getattr(made, "body", [])):
+        match node, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                found[above + name] = " ".join(text.split())
+    for field in fields(config):
+        if isinstance(kind := field.default_factory, type) and is_dataclass(kind):
+            found |= meanings(kind, f"{above}{field.name}.")
+    return found
 
 
 def _pairs(answers: pd.DataFrame) -> Iterable[str]:
     for before, after in examples(answers):
         yield f'<div class="pair"><p><b>{html.escape(before.prompt.removesuffix(" <sep>"))}</b></p>'
         for name, row in (("before", before), ("after", after)):
-            numbers = f"{row.length_tokens} tokens, RM {row.rm_score_sd:+.2f}, gold {row.gold:+.2f}"
+            numbers = (
+                f"{row.length_tokens} tokens, RM {row.rm_score_sd:+.2f} sd, gold {row.gold:+.2f}"
+            )
             yield f"<p>{name} ({numbers}): {html.escape(row.answer)}</p>"
         yield "</div>"
