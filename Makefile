@@ -33,6 +33,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	'minirlhf needs Python 3.10 or later, this is %d.%d: name another one, for example \
 	make PYTHON=python3.12 venv' % sys.version_info[:2])"
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@echo "Installing into $(VENV): about 2 GB, 1-2 minutes; pip says nothing until it is done ..."
 	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $(STAMP)
 

@@ -71,7 +71,7 @@ def _drift_run() -> type:
         quick: bool = False
         """a few seconds instead of a minute: too small to show the drift"""
         resume: bool = False
-        """go on with the run in --out"""
+        """go on with the run in --out; starts one if there is none"""
         threads: int = field(default_factory=lambda: min(available(), 4))
         """CPU cores to compute on; the results are equal to the last bit on any number of them"""
 
@@ -193,6 +193,8 @@ def drift(options: Any) -> int:
     config = options.config.quick() if options.quick else options.config
     bars, device, desk = Bars(), pick_device(options.device), Desk.load(options.desk)
     chosen = {"device": device, "desk": desk, "resume": options.resume}
+    if options.resume and not (options.out / "config.json").exists():
+        print(f"nothing to resume in {options.out}: a new run starts there", file=sys.stderr)
     try:
         run = Drift(config, options.out, progress=bars, **chosen)
         summary = run.run()
@@ -207,7 +209,8 @@ def drift(options: Any) -> int:
     figure = drift_figure(summary)
     write_atomic(options.out / "drift.png", lambda p: figure.savefig(p, format="png", dpi=150))
     write_text(
-        options.out / "report.html", report_html(summary, pd.DataFrame(run.answers), [figure])
+        options.out / "report.html",
+        report_html(summary, pd.DataFrame(run.answers), [figure], quick=options.quick),
     )
     print_evaluations(summary, print)
     print_answers(run.answers, print)

@@ -183,6 +183,8 @@ def test_drift_at_a_desk_of_ones_own(capsys, tmp_path):
     assert names <= {path.name for path in out.iterdir()}
     assert (out / "drift.png").read_bytes().startswith(b"\x89PNG")
     report = (out / "report.html").read_text(encoding="utf-8")
+    assert "too few pairs and steps" in report, "SMALL is --quick"
+    assert "nothing to resume" not in err
     assert "<html" in report and not re.search(r'(src|href)="(http|/|\w+\.)', report)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["vocabulary"] == Desk.load(desk).vocabulary.fingerprint
@@ -191,9 +193,19 @@ def test_drift_at_a_desk_of_ones_own(capsys, tmp_path):
     # once more: refused; with --resume: read back; at the shipped desk: refused
     status, _, err = said(capsys, *line)
     assert status == 1 and err.strip().endswith("add --resume or choose another --out")
-    assert said(capsys, *line, "--resume")[0] == 0
+    status, _, err = said(capsys, *line, "--resume")
+    assert status == 0 and "nothing to resume" not in err
     status, _, err = said(capsys, "drift", *SMALL, "--out", str(out), "--resume")
     assert status == 1 and "other settings" in err
+
+
+def test_resuming_where_nothing_is_says_so_and_starts(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("minirlhf.drift.Drift.run", lambda self: 1 / 0)  # it came to the run
+    with pytest.raises(ZeroDivisionError):
+        main(["drift", *SMALL, "--out", str(tmp_path / "typo"), "--resume"])
+    said_so = f"nothing to resume in {tmp_path / 'typo'}: a new run starts there\n"
+    assert capsys.readouterr().err == said_so
+    assert (tmp_path / "typo" / "config.json").exists()
 
 
 def test_a_stratum_without_prompts_is_shown_as_none(capsys, tmp_path):

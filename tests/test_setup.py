@@ -120,6 +120,7 @@ def test_make_lab_opens_the_first_notebook_and_keeps_the_token():
     code, said = make("-n", "lab", "VENV=no-such-folder")
     assert code == 0
     assert "-c constraints.txt -e" in said, "lab makes the environment where there is none"
+    assert said.index("2 GB, 1-2 minutes") < said.index("pip install"), "pip itself is silent"
     assert said.index("pip install") < said.index("/jupyter lab ")
     assert "--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb" in said
     assert "token" not in said and "password" not in said

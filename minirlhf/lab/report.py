@@ -108,7 +108,7 @@ def report_html(
         "<h2>Seconds</h2>",
         _table(
             ("stage", "seconds"),
-            ((STAGES.get(k, k), _n(v, ".1f")) for k, v in summary["seconds"].items()),
+            ((STAGES.get(k) or k, _n(v, ".1f")) for k, v in summary["seconds"].items()),
         ),
         "<h2>Settings</h2>",
         "<p>Each is an option of <code>minirlhf drift</code>.</p>",
