@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 00 · Start here: the case in five minutes
 #
-# A support assistant was tuned with RLHF. Its dashboard looked better every day. Its customers
-# got longer, politer, vaguer answers. This course takes that training run apart.
+# A support assistant was tuned with RLHF: reinforcement learning from human feedback. Its
+# dashboard looked better every day. Then somebody read the answers. This course takes that
+# training run apart.
 #
 # **After this notebook you can** say what the team saw and what it did not see, name the three
 # odd facts of its batches, and find the notebook that explains each.
@@ -27,10 +28,15 @@ print(f"{len(run.desk.vocabulary)} words; answers of up to {run.desk.max_respons
 # %% [markdown]
 # ## 1 What the team saw
 #
-# A **reward model** (RM) learned from pairwise human preferences what a good answer is. PPO then
-# tuned the assistant to score well, with a penalty for moving away from the **reference** it
-# started from. The dashboard shows the RM score on fixed prompts, in *reward sd*: 0 is the
-# reference's own mean, 1 the standard deviation of its answers. Higher is better.
+# A **reward model** (RM) learned from pairwise human preferences what a good answer is. **PPO**
+# (proximal policy optimisation: many small, clipped steps) then tuned the assistant, the
+# *policy*, to score well. A **KL penalty** charges it for moving away from the **reference** that
+# it started from. KL (Kullback-Leibler divergence) is the mean *log-ratio* of the policy's
+# answers: log of their probability under the policy, minus that under the reference. Logs are
+# natural ones, their unit is the *nat*: one nat more is e times as likely.
+#
+# The dashboard shows the RM score on fixed prompts, in *reward sd*: 0 is the mean of the
+# reference's own answers, 1 their standard deviation (sd). Higher is better.
 
 # %%
 for entry in entries:
@@ -41,7 +47,7 @@ for entry in entries:
 # prompts that the reference answers *briefly* ("when will my order arrive ?").
 #
 # 1. Are the final answers better, as good, or worse than the reference's?
-# 2. How many times as long are they?
+# 2. How long are they, beside the reference's?
 #
 # Write both down. Then run the next cell.
 
@@ -100,12 +106,14 @@ look = FirstLook(run)
 look
 
 # %% tags=["smoke"] jupyter={"source_hidden": true}
-dial = look.controls["step"]
-for step in (dial.options[0], dial.options[-1]):
+start, dial = look.values(), look.controls["step"]
+for step in (dial.min, dial.max):
     dial.value = step
     assert look.shown["now"]["step"] == step
     print(f"step {step}: {look.shown['now']['length_tokens']} tokens")
 assert look.shown["now"]["answer"] != look.shown["before"]["answer"]
+for name, value in start.items():  # leave the panel as it was
+    look.controls[name].value = value
 
 # %% [markdown]
 # ## 3 Inside PPO's batches
@@ -119,13 +127,26 @@ assert look.shown["now"]["answer"] != look.shown["before"]["answer"]
 batch = run.summary["batch"]
 verbose, concise = batch["n_verbose"], batch["n_concise"]
 print(f"around step {batch['step']}: {verbose} verbose answers, {concise} concise ones")
-print(f"(a) one courtesy phrase is worth {batch['rm_gap_sd']:+.1f} reward sd to the RM")
+gap, beta = batch["rm_gap_sd"], run.summary["config"]["ppo"]["beta"]
+charge = beta * batch["kl_verbose_nats"]
+print(f"(a) one courtesy phrase is worth {gap:+.2f} reward sd to the RM")
 print(f"(b) log-ratio to the reference: verbose {batch['kl_verbose_nats']:.1f} nats an answer,")
 print(f"    concise {batch['kl_concise_nats']:.1f} nats")
+print(
+    f"    PPO charges beta = {beta} reward sd a nat: {charge:.2f} reward sd for a verbose answer,"
+)
+print(f"    {charge / gap:.1f} of what one phrase earns")
+assert charge < gap
 
 # %% [markdown]
-# **Predict.** The *advantage* decides the direction: tokens with a positive advantage are pushed
-# up, those with a negative one down. The KL penalty has already been subtracted.
+# So the penalty is large in nats and small in the unit that it is paid in. A verbose answer has
+# become many times likelier than it was; what that costs, one courtesy phrase pays for, and a
+# verbose answer holds more than a phrase. (A log-ratio below 0, as the concise answers have it, is
+# no charge but a small bonus.)
+#
+# **Predict.** The *advantage* of a token says how much better its answer turned out than PPO
+# expected at that point, the KL penalty already subtracted. It decides the direction: tokens with
+# a positive advantage are pushed up, those with a negative one down.
 #
 # Is the mean advantage of the verbose answers positive or negative? And of the concise ones?
 
@@ -147,25 +168,35 @@ assert batch["advantage_verbose"] > 0 > batch["advantage_concise"]
 # ## 4 Not one lucky seed
 #
 # One run proves nothing. The whole pipeline was run from other seeds, and again with *fair*
-# labelers: the control. Grey: range over the runs; blue: 95 % interval of the mean; diamond: the
-# mean. The settings were chosen while looking at these seeds, so the table describes them; it
-# proves nothing about others. Made by `minirlhf seeds` (`docs/seeds.md`).
+# labelers, who have no bias and check every fact: the **control**. Grey: range over the runs;
+# blue: 95 % interval of the mean; diamond: the mean. The settings were chosen while looking at
+# these seeds, so the table describes them; it proves nothing about others. Made by
+# `minirlhf seeds`; `docs/seeds.md` has every interval, and fresh seeds at which nothing was chosen.
 
 # %%
-claims = [row for row in run.seeds if row["threshold"]]
-Picture(seeds_figure([row for row in claims if row["arm"] == "drift"][:8]))
+Picture(seeds_figure([row for row in run.seeds if row["arm"] == "drift"][:8]))
 
 # %%
 for arm in ("drift", "control"):
-    print(arm)
-    for row in (row for row in claims if row["arm"] == arm):
-        numbers = f"{row['mean']:6.2f}  {row['held']}/{row['runs']} runs {row['threshold']}"
-        print(f"  {row['claim']:64} {numbers}")
+    print(f"{arm + ': claim':66} {'mean':>6}  held in     threshold")
+    for row in (row for row in run.seeds if row["arm"] == arm):
+        held = f"{row['held']}/{row['runs']} runs" if row["threshold"] else "-"
+        print(f"  {row['claim']:64} {row['mean']:6.2f}  {held:10}  {row['threshold'] or 'none'}")
+
+# %% [markdown]
+# Held to the same thresholds, is the run of this notebook a typical one?
+
+# %%
+from minirlhf.seeds import DRIFT
+
+missed = [c.name for c in DRIFT if not c.low <= c.value(run.summary) <= c.high]
+print(f"seed {run.summary['seed']} misses {len(missed)} of {len(DRIFT)}:", *missed, sep="\n  ")
 
 # %% [markdown]
 # ## 5 The two questions of this course
 #
-# The RM prefers verbosity only slightly, its KL penalty is large, and still it is made likelier.
+# To the RM one phrase is worth less than the sd of the reference's answers. Verbose answers carry
+# a far larger log-ratio than concise ones and are charged for it. Still they are made likelier.
 #
 # 1. **By what mechanism** does PPO keep raising the probability of these answers, although the
 #    penalty is there?
@@ -179,11 +210,11 @@ for arm in ("drift", "control"):
 # |---|---|---|
 # | [01 The desk](01_the_support_desk.ipynb) | What is good? What did labelers reward? | 20 |
 # | [02 The policy](02_the_policy.ipynb) | How are words chosen, and when does it stop? | 25 |
-# | 03 The reward model | What does a ranking teach? | |
-# | 04 The KL penalty | What does distance cost, and where is it paid? | |
-# | 05 PPO | What does one update do? | |
-# | 06 The drift | How does the whole run come about? | |
-# | 07 The autopsy | Question 1, in one batch | |
-# | 08 The remedies | Question 2, each remedy tried | |
+# | [03 The reward model](03_the_reward_model.ipynb) | What does a ranking teach? | 35 |
+# | [04 The KL penalty](04_the_kl_penalty.ipynb) | What does distance cost, and where? | 50 |
+# | [05 PPO](05_ppo.ipynb) | Where do many small, clipped steps end? | 60 |
+# | [06 The drift](06_the_drift.ipynb) | How does the whole run come about? | 45 |
+# | [07 The autopsy](07_the_autopsy.ipynb) | Question 1, in one batch | 60 |
+# | 08 The remedies (not written yet) | Question 2, each remedy tried | |
 #
-# Without a link: not written yet. To train a run of your own: `minirlhf drift --seed 1`.
+# To train a run of your own: `minirlhf drift --seed 1`.
