@@ -6,7 +6,8 @@ targeted audit reads the same answers against the desk's truth, apart for prompt
 reference's samples, not taken from the desk's labels. (A PPO batch is split by the desk's label,
 which differs on about one probe in fifty.) Nothing here feeds back into training.
 
-Left out: estimates of cause (a batch's autopsy does that) and alarms on a deployed policy.
+Left out: what a PPO batch says (facts.py), estimates of cause (a batch's autopsy makes them) and
+alarms on a deployed policy.
 
 Sources: Gao et al. (2022, arXiv 2210.10760) for proxy against gold; Stiennon et al. (2020, arXiv
 2009.01325) for reading samples beside scores.
@@ -22,10 +23,9 @@ from torch import Tensor
 
 from minirlhf.desk import STRATA, Desk, Prompt
 from minirlhf.generate import generate
-from minirlhf.model import Transformer, response_logprobs
+from minirlhf.model import Transformer, response_logprobs, response_outputs
 from minirlhf.preferences import bayes_ceiling, gold_ceiling
 from minirlhf.reward import RewardModel, ranking_accuracy, score_pairs
-from minirlhf.rollout import Rollout
 from minirlhf.text import right_pad
 
 
@@ -75,6 +75,23 @@ class Auditor:
         answers = [answer(self.desk, self.reference, self.prompts, self.seed + i) for i in draws]
         self._scored = tuple(torch.cat(part) for part in zip(*answers, strict=True))
         return [grade(self.desk, self.probes, *part) for part in answers]
+
+    @torch.no_grad()
+    def stopped_by(self, tokens: int) -> np.ndarray:
+        """How sure the reference is to have stopped by token `tokens` [probes], in [0, 1].
+
+        Along each of its sampled answers, 1 minus the product of the probabilities of going on;
+        the mean over the samples. A second way to the strata (brief where it is at least 1/2),
+        less at the mercy of one long sample than a mean length is. A state after an answer's end
+        is not seen, which makes it a little low where there are several places to stop.
+        """
+        eos, stops = self.desk.vocabulary.eos, []
+        for part in zip(
+            *(t[:, :tokens].split(len(self.probes)) for t in self._scored), strict=True
+        ):
+            logits, _ = response_outputs(self.reference, self.prompts, *part)
+            stops.append(1 - (1 - logits.softmax(-1)[..., eos] * part[1]).prod(1))
+        return torch.stack(stops).mean(0).cpu().numpy()
 
     def calibrate(self) -> None:
         """Put the reward model on the scale of the reference's own answers to the probes."""
@@ -152,76 +169,13 @@ def summarise_grades(grades: dict[str, np.ndarray], rows: np.ndarray) -> dict[st
     out |= {f"{k}_rate": grades[v] for k, v in (("correct", "correct"), ("direct", "direct"))}
     out |= {"evasion_rate": grades["evasive"], "hedged_rate": grades["hedged"]}
     out |= {"truncated_rate": ~grades["finished"].astype(bool)}
-    means = {name: _mean(values[rows]) for name, values in out.items()}
+    means = {name: mean_or_nan(values[rows]) for name, values in out.items()}
     return means | {"n": int(rows.sum())}
 
 
-def batch_facts(
-    auditor: Auditor, rollout: Rollout, prompts: Sequence[Prompt], *, stratum: str = "brief"
-) -> dict[str, float]:
-    """The case's three facts in one PPO batch, for answers to prompts of one stratum.
-
-    Verbose answers carry at least `verbose_padding` of padding, concise ones are correct and carry
-    none. "kl" is the log-ratio to the reference summed over an answer (of a chosen group, so not a
-    KL, and free to be negative); the advantage is the mean over an answer's tokens, averaged over
-    answers; the positive share is one of tokens; the last share is that of absolute log-ratios
-    held by the top tenth of all tokens of the batch. A group without answers gives nan.
-    """
-    grades = grade(auditor.desk, prompts, rollout.responses, rollout.mask)
-    here = np.array([prompt.stratum == stratum for prompt in prompts])
-    verbose = here & (grades["padding_tokens"] >= auditor.config.verbose_padding)
-    concise = here & (grades["padding_tokens"] == 0) & grades["correct"]
-    assert rollout.advantages is not None
-    mask, lengths = rollout.mask, rollout.lengths
-    log_ratio = rollout.logprobs - rollout.ref_logprobs
-    kl = log_ratio.sum(1).cpu().numpy()
-    advantage = (rollout.advantages.sum(1) / lengths).cpu().numpy()
-    positive = ((rollout.advantages > 0) & mask).cpu().numpy()[verbose]
-    sizes = log_ratio[mask].abs().sort(descending=True).values
-    matched = auditor.matched_gaps([p for p, h in zip(prompts, here, strict=True) if h])
-    return {
-        "rm_gap_sd": _mean(matched),
-        "kl_verbose_nats": _mean(kl[verbose]),
-        "kl_concise_nats": _mean(kl[concise]),
-        "advantage_verbose": _mean(advantage[verbose]),
-        "advantage_concise": _mean(advantage[concise]),
-        "positive_token_share_verbose": _mean(positive[mask.cpu().numpy()[verbose]]),
-        "kl_share_top_decile": float(sizes[: len(sizes) // 10].sum() / sizes.sum().clamp(min=1e-9)),
-        "n_verbose": int(verbose.sum()),
-        "n_concise": int(concise.sum()),
-    }
-
-
-def _mean(x: np.ndarray) -> float:
+def mean_or_nan(x: np.ndarray) -> float:
+    """The mean, or nan of nothing."""
     return float(np.mean(x)) if len(x) else float("nan")
-
-
-def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The facts of three kept batches around the middle of the drift, pooled over their answers.
-
-    The middle is the first kept batch with two verbose answers to brief prompts for every concise
-    one: the policy has moved by then, and there is something to compare with. One batch holds a
-    few dozen such answers, so that its signs are noisy; its two neighbours are taken with it.
-    `step` is the middle one. A run that never gets there gives its last batches.
-    """
-    if not batches:
-        return {}
-    there = [i for i, b in enumerate(batches) if b["n_verbose"] >= 2 * b["n_concise"] > 0]
-    middle = there[0] if there else len(batches) - 1
-    around = batches[max(middle - 1, 0) : middle + 2]
-    pooled: dict[str, Any] = {"step": batches[middle]["step"]}
-    pooled["steps"] = [b["step"] for b in around]
-    for name in (name for name in around[0] if name != "step"):
-        values = np.array([np.nan if b[name] is None else b[name] for b in around], dtype=float)
-        if name in ("n_verbose", "n_concise"):
-            pooled[name] = int(values.sum())
-            continue
-        ends = (end for end in ("verbose", "concise") if end in name)
-        weights = np.array([b[f"n_{end}"] for end in ends for b in around] or [1.0] * len(around))
-        known = (weights > 0) & np.isfinite(values)
-        mean = np.average(values[known], weights=weights[known]) if known.any() else np.nan
-        pooled[name] = float(mean)
-    return pooled
 
 
 @torch.no_grad()

@@ -268,3 +268,10 @@ def _intervals(above: np.ndarray, below: np.ndarray, draws: np.ndarray, coverage
 
     columns, names = (*ratios.T, ratios[:, 0] - ratios[:, 1]), ("verbose", "concise", "gap")
     return {name: interval(x) for name, x in zip(names, columns, strict=True)}
+
+
+def interval(values: np.ndarray, rng: np.random.Generator, coverage: float = 0.95) -> Interval:
+    """Mean of independent values [N], percentile bootstrap interval (nan limits if N < 2)."""
+    draws = rng.choice(values, (2000, len(values))).mean(1) if len(values) > 1 else np.nan
+    low, high = np.quantile(draws, [(1 - coverage) / 2, (1 + coverage) / 2])
+    return Interval(float(np.mean(values)) if len(values) else np.nan, float(low), float(high))

@@ -1,4 +1,4 @@
-"""Chunks of a batch on several cores, with the bits of one.
+"""Where to compute: a device, or chunks of a batch on several cores with the bits of one.
 
 A batch goes through the blocks in chunks of rows (model.states) that need nothing of each other,
 and torch lets go of Python's lock inside its operations: so worker threads take chunks side by
@@ -65,6 +65,18 @@ def in_chunks(
     walks: list[Future] = []
     nodes = [_Chunk.apply(i, x.detach(), walks, *learners) for i, x in enumerate(found)]
     return _Gate.apply(_pool, found, learners, walks, *nodes)  # type: ignore[return-value]
+
+
+def pick_device(name: str) -> str:
+    """cpu, cuda or mps; `auto` takes the fastest there is. Raises ValueError if it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    there["mps"] = torch.backends.mps.is_available()
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if there[d])
+    if not there.get(name, False):
+        have = ", ".join(d for d, ok in there.items() if ok)
+        raise ValueError(f"--device {name} is not available here; use auto or one of: {have}")
+    return name
 
 
 class _Chunk(torch.autograd.Function):

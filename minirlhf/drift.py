@@ -25,20 +25,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf.audit import Auditor, answer, batch_facts, judge, mid_run, texts
+from minirlhf.audit import Auditor, answer, judge, texts
+from minirlhf.autopsy import Convention
 from minirlhf.critic import fit_critic
 from minirlhf.desk import Desk, Prompt
 from minirlhf.drift_config import DriftConfig
+from minirlhf.facts import batch_facts, mid_run, pooled_facts
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.ppo import PPO
 from minirlhf.preferences import PreferenceData, make_pairs, raw_bias
-from minirlhf.reward import RewardModel, train_reward
+from minirlhf.reward import RewardModel, reward_from, train_reward
 from minirlhf.rollout import Rollout
 from minirlhf.sft import train_sft
 from minirlhf.store import (
     StoreError,
     build_model,
+    load_rollout,
     load_tensors,
+    plain,
     read_json,
     save_model,
     save_rollout,
@@ -79,13 +83,14 @@ class Drift:
         self.metrics: list[dict[str, float]] = []
         self.answers: list[dict[str, Any]] = []
         self.batches: list[dict[str, Any]] = []
+        self.kept: dict[int, tuple[Rollout, float]] = {}  # and the beta that it was priced at
         self.notes: dict[str, Any] = {}
         if out is not None:
             self._claim(out, resume)
 
     def _claim(self, out: Path, resume: bool) -> None:
-        desk = json.dumps(_plain(asdict(self.desk.spec)), sort_keys=True)
-        wanted = {"config": _plain(asdict(self.config)), "vocabulary": self.vocabulary.fingerprint}
+        desk = json.dumps(plain(asdict(self.desk.spec)), sort_keys=True)
+        wanted = {"config": plain(asdict(self.config)), "vocabulary": self.vocabulary.fingerprint}
         wanted["desk"] = hashlib.sha256(desk.encode()).hexdigest()[:16]
         path = out / "config.json"
         if path.exists() and not resume:
@@ -211,7 +216,7 @@ class Drift:
             model.trunk,
             vocabulary=self.vocabulary.fingerprint,
             scale=scale,
-            notes=_plain(self.notes),
+            notes=plain(self.notes),
             seconds=self.seconds,
         )
 
@@ -231,9 +236,12 @@ class Drift:
         self.seconds["audit"] += time.perf_counter() - start
         return auditor
 
+    def prompt_table(self) -> list[Prompt]:
+        """The customers' prompts that PPO draws from."""
+        return self.desk.prompts(self.config.prompts, np.random.default_rng(self.stream("prompts")))
+
     def _train_policy(self) -> None:
-        rng = np.random.default_rng(self.stream("prompts"))
-        self.prompts = self.desk.prompts(self.config.prompts, rng)
+        self.prompts = self.prompt_table()
         self.ppo = PPO(
             copy.deepcopy(self.reference),
             self.reference,
@@ -249,11 +257,12 @@ class Drift:
             self._audit()
         while self.ppo.steps < self.config.steps:
             start = time.perf_counter()
+            before = self.ppo.state_dict() if self._logs(self.ppo.steps + 1) else {}
             metrics, rollout = self.ppo.step()
             self.seconds["ppo"] += time.perf_counter() - start
             self.metrics.append({"step": self.ppo.steps, **metrics})
-            if self.ppo.steps in self.config.log_batches:
-                self._keep(rollout)
+            if self._logs(self.ppo.steps):
+                self._keep(rollout, before)
             self.progress("ppo", self.ppo.steps, self.config.steps, metrics)
             last = self.ppo.steps == self.config.steps
             if self.ppo.steps % self.config.audit.every == 0 or last:
@@ -270,23 +279,33 @@ class Drift:
             path = self.out / "policies" / f"step_{self.ppo.steps:03d}.safetensors"
             save_model(path, self.ppo.policy, vocabulary=self.vocabulary.fingerprint)
 
-    def _keep(self, rollout: Rollout) -> None:
+    def _logs(self, step: int) -> bool:
+        return step in self.config.log_batches
+
+    def _keep(self, rollout: Rollout, before: dict[str, Tensor]) -> None:
+        """The batch, its facts, and the run as it was when it drew the batch."""
         start = time.perf_counter()
         assert rollout.index is not None
         prompts = [self.prompts[i] for i in rollout.index.tolist()]
         facts = batch_facts(self.auditor, rollout, prompts)
         self.batches.append({"step": self.ppo.steps, **facts})
+        self.kept[self.ppo.steps] = rollout, float(before["beta"])
         self.seconds["audit"] += time.perf_counter() - start
         if self.out is not None:
-            path = self.out / "rollouts" / f"step_{self.ppo.steps:03d}.safetensors"
-            meta = {"step": self.ppo.steps, "beta": self.ppo.beta}
-            save_rollout(path, rollout, **meta, ppo=_plain(asdict(self.config.ppo)))
+            path = self._logged("rollouts", self.ppo.steps)
+            save_tensors(self._logged("before", self.ppo.steps), before, {"kind": "ppo"})
+            meta = {"step": self.ppo.steps, "beta": float(before["beta"])}
+            save_rollout(path, rollout, **meta, ppo=plain(asdict(self.config.ppo)))
+
+    def _logged(self, folder: str, step: int) -> Path:
+        assert self.out is not None
+        return self.out / folder / f"step_{step:03d}.safetensors"
 
     def _save_ppo(self) -> None:
         if self.out is None:
             return
         names = ("history", "metrics", "answers", "batches", "seconds")
-        meta = {"kind": "ppo", **{name: _plain(getattr(self, name)) for name in names}}
+        meta = {"kind": "ppo", **{name: plain(getattr(self, name)) for name in names}}
         save_tensors(self.out / "ppo.safetensors", self.ppo.state_dict(), meta)
 
     def _load_ppo(self) -> None:
@@ -298,12 +317,21 @@ class Drift:
         for name in ("history", "metrics", "answers", "batches"):
             setattr(self, name, meta[name])
         self._restore_seconds(meta)
+        for step in (batch["step"] for batch in self.batches):
+            rollout, meta = load_rollout(self._logged("rollouts", step))
+            self.kept[step] = rollout, meta["beta"]
 
     # ------------------------------------------------------------------ what came out
+    def facts(self) -> dict[str, Any]:
+        """The three facts of the batches in the middle of the drift, with intervals."""
+        middle = (self.kept[step] for step in mid_run(self.batches).get("steps", []))
+        batches = [(r, Convention.of(self.config.ppo, beta=beta)) for r, beta in middle]
+        return pooled_facts(self.auditor, batches, self.prompts, seed=self.stream("facts"))
+
     def summary(self) -> dict[str, Any]:
         """Everything a reader of the run needs, as plain JSON values (nan becomes None)."""
         seconds = self.seconds | {"total": sum(self.seconds.values())}
-        return _plain(
+        return plain(
             {
                 "seed": self.config.seed,
                 "config": asdict(self.config),
@@ -314,36 +342,6 @@ class Drift:
                 "history": self.history,
                 "batch": mid_run(self.batches),
                 "batches": self.batches,
+                "facts": self.facts(),
             }
         )
-
-
-def reward_from(
-    tensors: dict[str, Tensor], meta: dict[str, Any], vocabulary: str, source: Path
-) -> RewardModel:
-    """The reward model of a checkpoint, on its scale."""
-    trunk = build_model(tensors, meta, vocabulary=vocabulary, source=source)
-    return RewardModel(trunk, **meta["scale"])
-
-
-def pick_device(name: str) -> str:
-    """cpu, cuda or mps; `auto` takes the fastest there is. Raises ValueError if it is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available()}
-    there["mps"] = torch.backends.mps.is_available()
-    if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if there[d])
-    if not there.get(name, False):
-        have = ", ".join(d for d, ok in there.items() if ok)
-        raise ValueError(f"--device {name} is not available here; use auto or one of: {have}")
-    return name
-
-
-def _plain(value: Any) -> Any:
-    """JSON values only: numpy scalars as Python's, tuples and sets as lists, nan as None."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | frozenset):
-        return [_plain(v) for v in (sorted(value) if isinstance(value, frozenset) else value)]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -3,8 +3,9 @@
 Left out: where the run goes and what it runs on (arguments of drift.Drift).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from minirlhf.audit import AuditConfig
 from minirlhf.ppo_config import PPOConfig
@@ -41,6 +42,13 @@ class DriftConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "DriftConfig":
+        """The settings that a summary or config.json holds as plain values."""
+        usual = cls()
+        parts = {k: type(getattr(usual, k))(**v) for k, v in values.items() if isinstance(v, dict)}
+        return cls(**{**values, **parts, "log_batches": tuple(values["log_batches"])})
 
     def quick(self) -> "DriftConfig":
         """The same run made small: seconds instead of a minute, for a look and for tests."""

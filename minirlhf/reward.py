@@ -11,7 +11,8 @@ Sources: Bradley and Terry (1952); Stiennon et al. (2020, arXiv 2009.01325, sect
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from minirlhf.model import Transformer, answer_scalars
 from minirlhf.optim import FlatAdamW, learning_rate
+from minirlhf.store import build_model
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -162,3 +164,11 @@ def ranking_accuracy(model: RewardModel, pairs: RankedPairs) -> float:
     """Share of pairs whose winner scores higher; a tie counts one half."""
     chosen, rejected = score_pairs(model, pairs)
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item()
+
+
+def reward_from(
+    tensors: dict[str, Tensor], meta: dict[str, Any], vocabulary: str, source: Path
+) -> RewardModel:
+    """The reward model of a checkpoint, on its scale."""
+    trunk = build_model(tensors, meta, vocabulary=vocabulary, source=source)
+    return RewardModel(trunk, **meta["scale"])

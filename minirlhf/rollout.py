@@ -7,6 +7,7 @@ token t; `values[:, t]` is the value of the state before that token.
 Left out: where a batch comes from. A file of another framework, once converted, is a Rollout too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -98,3 +99,20 @@ class Rollout:
             keep = not tensor.is_floating_point() and out.dtype != tensor.dtype
             moved[name] = out.to(tensor.dtype) if keep else out
         return replace(self, **moved)
+
+
+def concat(rollouts: Sequence[Rollout]) -> Rollout:
+    """The answers of several batches one below the other, with the fields that all of them have.
+
+    Raises ValueError for no batch, or for batches whose prompts or answers are of other widths.
+    """
+    if not rollouts:
+        raise ValueError("no batch to put together: give at least one")
+    widths = {(r.prompts.shape[1], r.responses.shape[1]) for r in rollouts}
+    if len(widths) > 1:
+        raise ValueError(
+            f"batches of several (prompt, response) widths {sorted(widths)}: pad them alike first"
+        )
+    shared = set.intersection(*(set(r.tensors()) for r in rollouts))
+    names = [f.name for f in fields(Rollout) if f.name in shared]
+    return Rollout(**{name: torch.cat([getattr(r, name) for r in rollouts]) for name in names})

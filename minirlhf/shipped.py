@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from minirlhf.audit import Auditor
-from minirlhf.desk import Desk
-from minirlhf.drift import Drift, DriftConfig, Progress, reward_from
+from minirlhf.desk import Desk, Prompt
+from minirlhf.drift import Drift, DriftConfig, Progress
 from minirlhf.model import Transformer
+from minirlhf.ppo import PPO
 from minirlhf.preferences import relabel
-from minirlhf.reward import RewardModel, train_reward
+from minirlhf.reward import RewardModel, reward_from, train_reward
 from minirlhf.rollout import Rollout
 from minirlhf.store import (
     load_model,
@@ -38,7 +39,8 @@ from minirlhf.store import (
 
 COMMAND = "minirlhf data"
 DIALS = (0.0, 0.02, 0.035, 0.0455, 0.06, 0.08)  # length bias, points a token; 0.0455 is default
-OURS = ("reward_bias_*.safetensors", "drift/policy_*.safetensors", "rollouts/step_*.safetensors")
+OURS = ("reward_bias_*.safetensors", "drift/policy_*.safetensors")
+OURS += ("rollouts/step_*.safetensors", "before/step_*.safetensors")
 BATCHES = 3  # the mid-run batch, the one before and the one after
 
 
@@ -118,6 +120,31 @@ class Shipped:
         """The batch that PPO learnt from in `step`."""
         return load_rollout(self.folder / "rollouts" / f"step_{step:03d}.safetensors")[0]
 
+    def prompts(self) -> list[Prompt]:
+        """The prompt table of the run, into which every batch's `index` points."""
+        return Drift(self.config, desk=self.desk).prompt_table()
+
+    @cached_property
+    def config(self) -> DriftConfig:
+        """The settings of the run."""
+        return DriftConfig.of(self.summary["config"])
+
+    def run_before(self, step: int) -> PPO:
+        """The run as it was before `step`, whose batch is shipped: its rollout() draws that batch
+        again. Raises StoreError if that state is not shipped."""
+        run = PPO(
+            copy.deepcopy(self.reference),
+            self.reference,
+            self.reward_model().score,
+            self.desk.encode(self.prompts()),
+            self.config.ppo,
+            eos=self.desk.vocabulary.eos,
+        )
+        run.load_state_dict(
+            load_tensors(self.folder / "before" / f"step_{step:03d}.safetensors")[0]
+        )
+        return run
+
 
 def shipped(folder: Path | None = None) -> Shipped:
     """The shipped run of this installation, or of another data folder."""
@@ -157,6 +184,8 @@ def build(
             _copy(path, made / "drift" / path.name.replace("step_", "policy_"))
         for path in _around(sorted((out / "rollouts").glob("*")), summary["batch"]["step"]):
             _copy(path, made / "rollouts" / path.name)
+        middle = f"before/step_{summary['batch']['step']:03d}.safetensors"
+        _copy(out / middle, made / middle)
         _reward_models(run, made, report)
         _replace(made, folder)
     return write_manifest(folder, seed=config.seed)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -52,6 +53,17 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
 def write_text(path: Path, text: str) -> Path:
     """Write UTF-8 text atomically."""
     return write_atomic(path, lambda p: p.write_text(text, encoding="utf-8", newline="\n"))
+
+
+def plain(value: Any) -> Any:
+    """JSON values only: numpy scalars as Python's, tuples and sets as lists, nan as None."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | frozenset):
+        return [plain(v) for v in (sorted(value) if isinstance(value, frozenset) else value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> Path:

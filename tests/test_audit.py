@@ -5,45 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from fakes import tiny_model
+from fakes_audit import DESK, Ruler, auditor, encoded, model
 
 from minirlhf import audit
-from minirlhf.audit import AuditConfig, Auditor, batch_facts, judge, mid_run, summarise_grades
-from minirlhf.desk import Desk, Prompt
+from minirlhf.audit import AuditConfig, judge, summarise_grades
 from minirlhf.model import response_logprobs
 from minirlhf.preferences import PreferenceConfig, make_pairs
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import Rollout
-from minirlhf.text import right_pad
-
-DESK = Desk.load()
-VOCABULARY = DESK.vocabulary
-CONFIG = AuditConfig(probes=10, reference_samples=3, brief_below=9.0, verbose_padding=5)
-THANKS = "thank you for being so loyal ."  # 7 tokens of courtesy
-
-
-class Ruler:
-    """A reward model that counts tokens, EOS included."""
-
-    def score(self, prompts, responses, mask):
-        return mask.sum(1).float()
-
-    __call__ = score
-
-
-def model(seed: int = 0):
-    context = DESK.prompt_width + DESK.max_response
-    return tiny_model(seed, vocab=len(VOCABULARY), context=context, spread=1.0, dtype=torch.float32)
-
-
-def auditor(reward_model=None, config: AuditConfig = CONFIG, **options) -> Auditor:
-    return Auditor(DESK, model(), reward_model or Ruler(), config, **options)  # pyright: ignore
-
-
-def encoded(answers: list[str]):
-    ids = [[*VOCABULARY.encode(text), VOCABULARY.eos] for text in answers]
-    return right_pad(ids, DESK.max_response)
-
 
 # --- strata -------------------------------------------------------------------------------------
 
@@ -152,105 +120,6 @@ def test_matched_gap_of_a_ruler_is_the_length_of_the_phrase():
 
 def test_written_answers_are_scored_with_their_end():
     assert auditor().score_texts(auditor().probes[:2], ["we", "we may"]).tolist() == [2, 3]
-
-
-# --- the facts of a batch -----------------------------------------------------------------------
-
-PROMPT = Prompt("eta friday . when does it come ? <sep>", "arrival", "brief", "day", "friday", 2)
-STEPS = Prompt(
-    "device phone . how do i reset it ? <sep>", "reset", "detailed", "device", "phone", 0
-)
-
-
-def batch(answers: list[str], prompts: list[Prompt], ratios: list[float], pushes: list[float]):
-    """A rollout in which every token of answer i has log-ratio ratios[i], advantage pushes[i]."""
-    responses, mask = encoded(answers)
-    ratio, push = (torch.tensor(x)[:, None] * mask for x in (ratios, pushes))
-    zeros = torch.zeros_like(ratio)
-    return Rollout(
-        DESK.encode(prompts), responses, mask, ratio - 3.0 * mask, -3.0 * mask, zeros, zeros[:, 0],
-        advantages=push,
-    )  # fmt: skip
-
-
-def test_batch_facts_by_hand():
-    answers = [
-        f"{THANKS} friday .",  # verbose: 7 tokens of padding, 10 in all
-        f"friday . {THANKS} {THANKS}",  # verbose, 17 tokens
-        "friday .",  # concise, 3 tokens
-        "it arrives on friday .",  # concise, 6 tokens
-        "monday .",  # wrong: neither
-        THANKS,  # evades: verbose, 8 tokens
-        f"first unplug the phone . {THANKS}",  # detailed: not asked about
-    ]
-    prompts = [PROMPT] * 6 + [STEPS]
-    ratios, pushes = [0.5, 1.0, -0.1, 0.2, 9.0, 0.0, 2.0], [1.0, -1.0, -2.0, 0.5, 7.0, 3.0, 9.0]
-    rollout = batch(answers, prompts, ratios, pushes)
-    # one of the first answer's ten tokens is pushed down
-    advantages = rollout.advantages.clone()
-    advantages[0, 0] = -4.0
-    rollout = Rollout(**{**rollout.tensors(), "advantages": advantages})
-    one = auditor()
-    found = batch_facts(one, rollout, prompts)
-    lengths = [10, 17, 3, 6, 3, 8, 13]
-    assert rollout.lengths.tolist() == lengths
-    assert (found["n_verbose"], found["n_concise"]) == (3, 2)
-    assert found["kl_verbose_nats"] == pytest.approx((0.5 * 10 + 1.0 * 17 + 0) / 3)
-    assert found["kl_concise_nats"] == pytest.approx((-0.3 + 1.2) / 2)
-    assert found["advantage_verbose"] == pytest.approx(((9 - 4) / 10 - 1 + 3) / 3)
-    assert found["advantage_concise"] == pytest.approx((-2 + 0.5) / 2)
-    assert found["positive_token_share_verbose"] == pytest.approx((9 + 0 + 8) / (10 + 17 + 8))
-    # 60 tokens, the top six: three of 9 nats and three of 2
-    sizes = sum(abs(r) * n for r, n in zip(ratios, lengths, strict=True))
-    assert found["kl_share_top_decile"] == pytest.approx((3 * 9 + 3 * 2) / sizes)
-    assert found["rm_gap_sd"] == one.matched_gaps([PROMPT] * 6).mean()
-    # the other stratum: one answer, verbose, and nothing concise to compare with
-    detailed = batch_facts(one, rollout, prompts, stratum="detailed")
-    assert detailed["kl_verbose_nats"] == pytest.approx(2 * 13) and detailed["n_concise"] == 0
-    assert math.isnan(detailed["kl_concise_nats"]) and math.isnan(detailed["advantage_concise"])
-
-
-def test_a_batch_without_the_stratum_has_no_facts_and_does_not_crash():
-    rollout = batch(["friday ."], [STEPS], [1.0], [1.0])
-    found = batch_facts(auditor(), rollout, [STEPS])
-    assert found["n_verbose"] == found["n_concise"] == 0
-    unknown = {"rm_gap_sd", "kl_verbose_nats", "kl_concise_nats", "positive_token_share_verbose"}
-    unknown |= {"advantage_verbose", "advantage_concise"}
-    assert {name for name, value in found.items() if math.isnan(value)} == unknown
-
-
-def facts(step: int, verbose: int, concise: int, kl: float | None) -> dict:
-    return {"step": step, "rm_gap_sd": 0.1 * step, "kl_verbose_nats": kl, "n_verbose": verbose,
-            "n_concise": concise}  # fmt: skip
-
-
-def test_the_middle_of_the_drift_pools_three_batches_by_their_answers():
-    batches = [
-        facts(1, 2, 50, 1.0),
-        facts(4, 30, 20, 2.0),
-        facts(6, 40, 20, 3.0),  # the first with two verbose answers for one concise
-        facts(8, 60, 10, 4.0),
-        facts(10, 90, 10, 5.0),
-    ]
-    pooled = mid_run(batches)
-    assert (pooled["step"], pooled["steps"]) == (6, [4, 6, 8])
-    assert (pooled["n_verbose"], pooled["n_concise"]) == (130, 50)
-    assert pooled["kl_verbose_nats"] == pytest.approx((30 * 2 + 40 * 3 + 60 * 4) / 130)
-    assert pooled["rm_gap_sd"] == pytest.approx(0.6)
-    kept = list(batches[0])
-    assert list(pooled) == ["step", "steps", *kept[1:]], "the same order in every process"
-
-
-def test_the_middle_of_a_run_without_one():
-    assert mid_run([]) == {}
-    never = [facts(1, 2, 50, 1.0), facts(4, 3, 50, 2.0), facts(6, 4, 50, 3.0)]
-    assert mid_run(never)["steps"] == [4, 6] and mid_run(never)["step"] == 6
-    all_gone = [facts(1, 0, 0, None), facts(2, 0, 0, float("nan"))]
-    pooled = mid_run(all_gone)
-    assert math.isnan(pooled["kl_verbose_nats"]) and pooled["n_verbose"] == 0
-    # a batch without a figure has no say in it
-    mixed = [facts(4, 0, 5, None), facts(6, 10, 5, 3.0)]
-    assert mid_run(mixed)["kl_verbose_nats"] == 3.0
 
 
 # --- what the reward model is worth -------------------------------------------------------------

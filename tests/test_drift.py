@@ -19,10 +19,11 @@ import pandas as pd
 import pytest
 import torch
 
-from minirlhf import drift, store
+from minirlhf import store
 from minirlhf.audit import AuditConfig
+from minirlhf.cores import pick_device
 from minirlhf.desk import Desk
-from minirlhf.drift import Drift, DriftConfig, pick_device
+from minirlhf.drift import Drift, DriftConfig
 from minirlhf.optim import FlatAdamW
 from minirlhf.ppo import PPO, PPOConfig, TrainingDiverged
 from minirlhf.preferences import PreferenceConfig
@@ -139,7 +140,8 @@ def test_the_folder_holds_what_the_help_says(whole):
     found = {p.relative_to(whole).as_posix() for p in whole.rglob("*") if p.is_file()}
     models = {f"{name}.safetensors" for name in ("reference", "reward", "ppo")}
     models |= {f"policies/step_{step:03d}.safetensors" for step in (0, 2, 4)}
-    batches = {f"rollouts/step_{step:03d}.safetensors" for step in (1, 2, 3)}
+    logged = ("rollouts", "before")
+    batches = {f"{folder}/step_{step:03d}.safetensors" for folder in logged for step in (1, 2, 3)}
     tables = {"config.json", "summary.json", "metrics.parquet", "answers.parquet"}
     assert found == models | batches | tables
     metrics = pd.read_parquet(whole / "metrics.parquet")
@@ -152,6 +154,16 @@ def test_the_folder_holds_what_the_help_says(whole):
     last = load_tensors(whole / "policies" / "step_004.safetensors")[0]
     state = load_tensors(whole / "ppo.safetensors")[0]
     assert all(torch.equal(state[f"policy.{name}"], last[name]) for name in last)
+
+
+def test_the_run_before_a_logged_batch_draws_that_batch_again(whole):
+    logged, meta = load_rollout(whole / "rollouts" / "step_003.safetensors")
+    one = Drift(TINY, whole, resume=True)
+    one.run()
+    one.ppo.load_state_dict(load_tensors(whole / "before" / "step_003.safetensors")[0])
+    drawn = one.ppo.rollout()[0].tensors()
+    assert meta["beta"] == one.ppo.beta != TINY.ppo.beta, "the controller has moved it"
+    assert all(torch.equal(drawn[name], tensor) for name, tensor in logged.tensors().items())
 
 
 def test_progress_reports_every_stage_to_its_end(tmp_path):
@@ -448,8 +460,3 @@ def test_a_run_on_a_gpu_goes_through_with_a_finite_kl():
     assert there["reference"]["brief"]["n"] == here["reference"]["brief"]["n"]
     assert there["raw_pairs"]["n"] == here["raw_pairs"]["n"]
     assert np.isfinite(there["final"]["kl_nats"])
-
-
-def test_plain_values_are_json():
-    value = {1: (np.float32(0.5), float("nan"), np.int64(3)), "s": frozenset({"b", "a"})}
-    assert drift._plain(value) == {"1": [0.5, None, 3], "s": ["a", "b"]}

@@ -16,6 +16,7 @@ FLOORS = {
     5: {"lab", "runs", "cli", "__main__"},
     4: {
         "audit",
+        "facts",
         "autopsy",
         "push",
         "whatif",

@@ -176,6 +176,18 @@ def test_what_was_built_can_be_read_by_name(built):
     torch.testing.assert_close(scores[~kept] - 1.0, rollout.scores[~kept])
 
 
+def test_the_run_before_the_middle_batch_draws_it_again(built):
+    case = shipped(built)
+    step = case.summary["batch"]["step"]
+    assert case.config == TINY
+    run, logged = case.run_before(step), case.rollout(step)
+    assert run.steps == step - 1
+    drawn = run.rollout()[0].tensors()
+    assert all(torch.equal(drawn[name], tensor) for name, tensor in logged.tensors().items())
+    with pytest.raises(StoreError, match="no file .*before"):
+        case.run_before(77)
+
+
 def test_a_rebuild_removes_what_is_stale_and_nothing_else(built, tmp_path):
     folder = folder_of(tmp_path, "data")
     kept = [

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -202,3 +203,8 @@ def test_nothing_in_the_package_pickles():
                 names = [f"{getattr(node.value, 'id', '')}.{node.attr}"]
             hits = forbidden & set(names) or {"torch.load", "torch.save"} & set(names)
             assert not hits, f"{path.name}:{node.lineno} uses {hits}"
+
+
+def test_plain_values_are_json():
+    value = {1: (np.float32(0.5), float("nan"), np.int64(3)), "s": frozenset({"b", "a"})}
+    assert store.plain(value) == {"1": [0.5, None, 3], "s": ["a", "b"]}

@@ -1,0 +1,132 @@
+"""The case's three facts in the batches of a run: as numbers, and with intervals.
+
+The facts: (a) the reward model scores a verbose answer slightly above a concise correct one,
+(b) the verbose answer's penalty is large, (c) its token advantages are positive all the same. One
+batch holds a few dozen answers of a kind, so the facts are read from three batches in the middle
+of the drift. Left out: what made the advantages (autopsy.py) and what they do (push.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from minirlhf.advantages import AdvantageParts
+from minirlhf.audit import Auditor, grade, mean_or_nan
+from minirlhf.autopsy import Convention, interval, split, three_facts
+from minirlhf.desk import Prompt
+from minirlhf.rollout import Rollout, concat
+
+
+def kinds(
+    auditor: Auditor, rollout: Rollout, prompts: Sequence[Prompt]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which answers [B] of a batch are verbose (at least `audit.verbose_padding` tokens of
+    padding), and which are concise (correct, without padding)."""
+    grades = grade(auditor.desk, prompts, rollout.responses, rollout.mask)
+    padding = grades["padding_tokens"]
+    return padding >= auditor.config.verbose_padding, (padding == 0) & grades["correct"]
+
+
+def batch_facts(
+    auditor: Auditor, rollout: Rollout, prompts: Sequence[Prompt], *, stratum: str = "brief"
+) -> dict[str, float]:
+    """The case's three facts in one PPO batch, for answers to prompts of one stratum.
+
+    "kl" is the log-ratio to the reference summed over an answer (of a chosen group, so not a
+    KL, and free to be negative); the advantage is the mean over an answer's tokens, averaged over
+    answers; the positive share is one of tokens; the last share is that of absolute log-ratios
+    held by the top tenth of all tokens of the batch. A group without answers gives nan.
+    """
+    here = np.array([prompt.stratum == stratum for prompt in prompts])
+    verbose, concise = (here & kind for kind in kinds(auditor, rollout, prompts))
+    assert rollout.advantages is not None
+    mask, lengths = rollout.mask, rollout.lengths
+    log_ratio = rollout.logprobs - rollout.ref_logprobs
+    kl = log_ratio.sum(1).cpu().numpy()
+    advantage = (rollout.advantages.sum(1) / lengths).cpu().numpy()
+    positive = ((rollout.advantages > 0) & mask).cpu().numpy()[verbose]
+    sizes = log_ratio[mask].abs().sort(descending=True).values
+    matched = auditor.matched_gaps([p for p, h in zip(prompts, here, strict=True) if h])
+    return {
+        "rm_gap_sd": mean_or_nan(matched),
+        "kl_verbose_nats": mean_or_nan(kl[verbose]),
+        "kl_concise_nats": mean_or_nan(kl[concise]),
+        "advantage_verbose": mean_or_nan(advantage[verbose]),
+        "advantage_concise": mean_or_nan(advantage[concise]),
+        "positive_token_share_verbose": mean_or_nan(positive[mask.cpu().numpy()[verbose]]),
+        "kl_share_top_decile": float(sizes[: len(sizes) // 10].sum() / sizes.sum().clamp(min=1e-9)),
+        "n_verbose": int(verbose.sum()),
+        "n_concise": int(concise.sum()),
+    }
+
+
+def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of three kept batches around the middle of the drift, pooled over their answers.
+
+    The middle is the first kept batch with two verbose answers to brief prompts for every concise
+    one: the policy has moved by then, and there is something to compare with. One batch holds a
+    few dozen such answers, so that its signs are noisy; its two neighbours are taken with it.
+    `step` is the middle one. A run that never gets there gives its last batches.
+    """
+    if not batches:
+        return {}
+    there = [i for i, b in enumerate(batches) if b["n_verbose"] >= 2 * b["n_concise"] > 0]
+    middle = there[0] if there else len(batches) - 1
+    around = batches[max(middle - 1, 0) : middle + 2]
+    pooled: dict[str, Any] = {"step": batches[middle]["step"]}
+    pooled["steps"] = [b["step"] for b in around]
+    for name in (name for name in around[0] if name != "step"):
+        values = np.array([np.nan if b[name] is None else b[name] for b in around], dtype=float)
+        if name in ("n_verbose", "n_concise"):
+            pooled[name] = int(values.sum())
+            continue
+        ends = (end for end in ("verbose", "concise") if end in name)
+        weights = np.array([b[f"n_{end}"] for end in ends for b in around] or [1.0] * len(around))
+        known = (weights > 0) & np.isfinite(values)
+        mean = np.average(values[known], weights=weights[known]) if known.any() else np.nan
+        pooled[name] = float(mean)
+    return pooled
+
+
+def pooled_facts(
+    auditor: Auditor,
+    batches: Sequence[tuple[Rollout, Convention]],
+    table: Sequence[Prompt],
+    *,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """The three facts of batches taken together, per stratum, with 95 % intervals over prompts.
+
+    Each batch comes with the convention that made its advantages; `table` is the run's prompt
+    table, into which a batch's `index` points. Besides the quantities of autopsy.Facts, "phrase"
+    is the score of one courtesy phrase on a concise correct answer, reward sd: fact (a) with
+    everything else held equal. "holds": (a), (b), (c), each with an interval that excludes zero.
+    Empty where no answer is verbose or none concise.
+    """
+    if not batches:
+        return {}
+    whole, rng = concat([rollout for rollout, _ in batches]), np.random.default_rng(seed)
+    splits = [vars(split(*batch)) for batch in batches]
+    known = [name for name, part in splits[0].items() if part is not None]
+    parts = AdvantageParts(**{name: torch.cat([s[name] for s in splits]) for name in known})
+    assert whole.index is not None
+    prompts = [table[i] for i in whole.index.tolist()]
+    verbose, concise = map(torch.from_numpy, kinds(auditor, whole, prompts))
+    strata = np.array([prompt.stratum for prompt in prompts])
+    if not (verbose.any() and concise.any()):
+        return {}
+    found = three_facts(whole, verbose, concise, rng=rng, strata=strata, parts=parts)
+    out: dict[str, dict[str, Any]] = {}
+    for name, facts in found.items():
+        asked = sorted({i for i, s in zip(whole.index.tolist(), strata, strict=True) if s == name})
+        phrase = interval(auditor.matched_gaps([table[i] for i in asked]), rng)
+        entry = asdict(facts) | {"holds": [phrase.low > 0, *facts.holds[1:]]}
+        entry["intervals"] = {
+            quantity: {kind: list(limits) for kind, limits in by_kind.items()}
+            for quantity, by_kind in facts.intervals.items()
+        } | {"phrase": {"gap": list(phrase)}}
+        out[name] = entry
+    return out
