@@ -184,8 +184,9 @@ class Bars:
 def drift(options: Any) -> int:
     """Run the case, print the two evaluations side by side, write figures and report."""
     from minirlhf import cores
+    from minirlhf.cores import pick_device
     from minirlhf.desk import Desk
-    from minirlhf.drift import Drift, pick_device
+    from minirlhf.drift import Drift
 
     if options.threads < 1:
         raise ValueError(f"--threads is {options.threads}; give at least 1")

@@ -386,17 +386,17 @@ MUTATIONS = [
     ),
     Mutation(
         "a wrong answer counts as a concise one",
-        "audit.py",
-        'concise = here & (grades["padding_tokens"] == 0) & grades["correct"]',
-        'concise = here & (grades["padding_tokens"] == 0)',
-        "test_audit.py::test_batch_facts_by_hand",
+        "facts.py",
+        '(padding == 0) & grades["correct"]',
+        "padding == 0",
+        "test_facts.py::test_batch_facts_by_hand",
     ),
     Mutation(
         "the top tenth of tokens and padding",
-        "audit.py",
+        "facts.py",
         "sizes = log_ratio[mask].abs()",
         "sizes = log_ratio.flatten().abs()",
-        "test_audit.py::test_batch_facts_by_hand",
+        "test_facts.py::test_batch_facts_by_hand",
     ),
     Mutation(
         "every stage draws the same random numbers",
