@@ -318,8 +318,7 @@ def test_report_of_a_run_without_a_batch_or_a_stratum():
 def test_examples_are_the_first_brief_probes_and_nothing_else():
     table = answers(DESK)
     found = examples(table, 3)
-    charts = dict.fromkeys(("one", "two", "three"), ("x", "nats", curves))
-    figure = plots.chart_figure("said", charts)
+    brief = [i for i, p in enumerate(DESK.probes(20)) if p.stratum == "brief"][:3]
     assert [int(before.name) for before, _ in found] == brief
     assert all((a.step, b.step) == (0, STEPS[-1]) for a, b in found)
 
@@ -341,9 +340,8 @@ def test_charts_hold_their_curves_and_levels():
 
 def test_charts_of_the_same_names_share_one_legend_and_their_looks():
     curves = {"a": ([0, 1], [0.0, 1.0]), "b": ([0, 1], [1.0, 0.0])}
-    figure = plots.chart_figure(
-        "said", dict.fromkeys(("one", "two", "three"), ("x", "nats", curves))
-    )
+    charts = dict.fromkeys(("one", "two", "three"), ("x", "nats", curves))
+    figure = plots.chart_figure("said", charts)
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
     looks = [[(li.get_color(), li.get_linestyle()) for li in ax.lines] for ax in figure.axes]
     assert looks[0] == looks[1] == looks[2] and looks[0][0] != looks[0][1]

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minirlhf.lab.live import Picture
-from minirlhf.lab.penalty import BETAS, SHARES, WAYS, BetaDial, curves_figure
+from minirlhf.lab.penalty import BETAS, SHARES, WAYS, BetaDial
 
 P0 = torch.tensor([0.003, 0.01, 0.1, 0.5, 0.9], dtype=torch.float64)
 GAP = 0.3
@@ -95,13 +94,3 @@ def test_push_meets_pull_where_it_ends(dial):
         assert list(dial._dots[0].get_xdata()) == [shown["end"]]
     turn(dial, way="k3 in the reward", beta=0.1, prompt=1)
     assert "runs away" in dial.live.alt and np.isnan(dial._dots[0].get_ydata()).all()
-
-
-def test_curves_keep_their_looks_from_panel_to_panel():
-    lines = {"a": ([0, 1], [0.0, 1.0]), "b": ([0, 1], [1.0, 0.0])}
-    figure = curves_figure({"one": ("x", "nats", lines), "two": ("x", "", {"b": lines["b"]})}, "s")
-    one, two = figure.axes
-    assert one.lines[1].get_color() == two.lines[0].get_color() != one.lines[0].get_color()
-    assert one.lines[1].get_linestyle() == two.lines[0].get_linestyle()
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
-    assert one.get_ylabel() == "nats" and Picture(figure).alt == "s"

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minirlhf.lab.live import png
-from minirlhf.lab.ranking import LengthDial, chart_figure
+from minirlhf.lab.ranking import LengthDial
 
 DIALS = (0.0, 0.02, 0.0455, 0.08)
 
@@ -128,17 +127,3 @@ def test_a_training_that_fails_says_why():
     panel.job.join(10)
     assert panel._note.value == "0.0455: failed, FloatingPointError: lower reward.lr"
     assert panel.shown["trained"] == {}
-
-
-def test_charts_hold_their_curves_and_levels():
-    curves = {"a": ([0, 1, 2], [3.0, 4.0, 5.0]), "b": ([0, 2], [5.0, 3.0]), "even": ([0], 4.5)}
-    figure = chart_figure(
-        "said", {"one": ("x", "nats", curves), "two": ("x", "sd", {"c": curves["a"]})}
-    )
-    one, two = figure.axes
-    assert [line.get_label() for line in one.lines] == ["a", "b", "even"]
-    assert list(one.lines[0].get_ydata()) == [3, 4, 5] and set(one.lines[2].get_ydata()) == {4.5}
-    assert (one.get_xlabel(), one.get_ylabel(), two.get_ylabel()) == ("x", "nats", "sd")
-    assert figure.get_label() == "said" and len(png(figure)) > 5000
-    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in one.lines}
-    assert len(looks) == 3

@@ -1,25 +1,23 @@
-"""Figures and the beta dial of notebook 04: what holds a policy back, and how far it gets.
+"""The beta dial of notebook 04: what holds a policy back, and how far does it get?
 
-`curves_figure` draws any numbers as named lines. `BetaDial` lays policies that were trained over
+`BetaDial` lays policies that were trained over
 the exact theory of two answers (`oracle`): a dot is a run, a line is a formula, and between dots
 nothing is filled in. Left out: training; the dial shows the runs that it was given.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from ipywidgets import Dropdown, SelectionSlider
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from minirlhf.lab.live import LiveFigure, Panel, looks
-from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, PURPLE, VERMILLION, blank, tidy
+from minirlhf.lab.plots import BLUE, GREY, INK, VERMILLION, blank, tidy
 from minirlhf.oracle import kl_pull, two_answer_end
 
-LOOKS = ((BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"))
 WAYS = {  # name -> place, estimator
     "k1 in the reward": ("reward", "k1"),
     "k2 in the loss": ("loss", "k2"),
@@ -30,33 +28,12 @@ WAYS = {  # name -> place, estimator
 BETAS = (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)  # reward sd per nat
 SHARES = torch.linspace(-7, 7, 141, dtype=torch.float64).sigmoid()
 TICKS = (0.01, 0.1, 0.5, 0.9, 0.99)
-Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-
-
-def curves_figure(panels: Mapping[str, tuple[str, str, Lines]], said: str) -> Figure:
-    """One axes a panel, {title: (x label, unit, {name: (x, y)})}, under one legend.
-
-    A name has the same colour, dash and marker in every panel. `said` is the alt text.
-    """
-    figure = blank(max(7.0, 3.2 * len(panels)), 3.7)
-    names = list(dict.fromkeys(name for *_, lines in panels.values() for name in lines))
-    axes, handles = np.ravel(figure.subplots(1, len(panels))), {}
-    for ax, (title, (x_label, unit, lines)) in zip(axes, panels.items(), strict=True):
-        tidy(ax, title, x_label, unit)
-        for name, (x, y) in lines.items():
-            style = dict(zip(("color", "ls", "marker"), LOOKS[names.index(name)], strict=True))
-            every = max(1, len(x) // 8)
-            (handles[name],) = ax.plot(x, y, lw=2.5, ms=6, markevery=every, **style)
-    place: Any = {"loc": "outside lower center", "ncols": 3}
-    figure.legend(handles.values(), handles, fontsize=12, frameon=False, **place)
-    figure.set_label(said)
-    return figure
 
 
 def _shares(ax: Axes, title: str, x: str, y: str, top: float) -> None:
     """Axes over a share of verbose answers, evenly in log-odds: what a penalty counts in."""
     tidy(ax, title, f"verbose share {x}", y)
-    ax.set(xscale="logit", xlim=(0.0009, 0.9991), ylim=(-0.03 * top, top))
+    ax.set(xscale="logit", xlim=(0.0009, 0.9991), ylim=(-0.03 * top, 1.2 * top))
     ax.set_xticks(TICKS, [f"{t:g}" for t in TICKS], fontsize=10)
     ax.minorticks_off()
 
@@ -73,11 +50,13 @@ class BetaDial(Panel):
         self._known = {(b, way): self._ends(b, way) for way in WAYS for b in BETAS}
         figure = blank(10.4, 3.7, wspace=0.05)
         axes: Any = figure.subplots(1, 3)
-        _shares(axes[0], "push and pull", "now, p", "reward sd (dashed: push)", 3 * delta_r)
-        _shares(axes[1], "where it ends", "before, p0", "share after training", 1.2)
-        _shares(axes[2], "how far it moved", "before, p0", "share after minus before", 1.2)
+        _shares(axes[0], "push and pull", "now, p", "reward sd (dashed: push)", 2.5 * delta_r)
+        _shares(axes[1], "where it ends", "before, p0", "share after training", 1.0)
+        _shares(axes[2], "how far it moved", "before, p0", "share after minus before", 1.0)
         axes[0].axhline(delta_r, color=INK, lw=2, ls="--")
         axes[1].plot(SHARES, SHARES, color=GREY, lw=1.5, ls=":")
+        note: Any = {"ha": "right", "transform": axes[1].transAxes, "color": GREY}
+        axes[1].text(0.98, 0.04, "dotted: no move", **note)
         self._lines = [ax.plot([], [], color=BLUE, lw=2.5)[0] for ax in axes]
         marks = zip(axes, (BLUE, VERMILLION, VERMILLION), "Doo", strict=True)
         self._dots = [ax.plot([], [], marker, color=c, ms=8)[0] for ax, c, marker in marks]
@@ -99,10 +78,11 @@ class BetaDial(Panel):
     def show(self, beta: float, way: str, prompt: int) -> str:
         """Lines to the theory of this beta, dots to the run at it if there is one; in words."""
         (place, kind), p0 = WAYS[way], self._p0[prompt]
-        pull = kl_pull(SHARES, p0, place=place, estimator=kind).where(p0 <= SHARES, np.nan)
+        pull = beta * kl_pull(SHARES, p0, place=place, estimator=kind)
+        pull = pull.where((p0 <= SHARES) & (pull <= 2.5 * self._gap), np.nan)  # below the text
         ends, own = self._known[beta, way].split([len(SHARES), len(self._p0)])
         run, rest, drift = self._runs.get((way, beta)), own[prompt], ends - SHARES
-        for line, y in zip(self._lines, (beta * pull, ends, drift), strict=True):
+        for line, y in zip(self._lines, (pull, ends, drift), strict=True):
             line.set_data(SHARES, y)
         self._dots[0].set_data([rest], [self._gap if rest < 1 else np.nan])
         for dots, before in zip(self._dots[1:], (0, self._p0), strict=True):

@@ -18,6 +18,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#AA4488"
 INK, GREY = "#222222", "#777777"
+LOOKS = ((BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "D"), (INK, ":", "^"))
+Chart = tuple[str, str, Mapping[str, tuple[Any, Any]]]  # x label, y label, name -> (x, y)
 STRATUM: dict[str, dict[str, Any]] = {
     "brief": {"color": BLUE, "ls": "-", "marker": "o"},
     "detailed": {"color": VERMILLION, "ls": "--", "marker": "s"},
@@ -72,6 +74,33 @@ def tidy(ax: Axes, title: str = "", x: str = "", y: str = "", note: str = "") ->
     ax.set_xlabel(x, fontsize=12)
     ax.set_ylabel(y, fontsize=12)
     return ax
+
+
+def chart_figure(said: str, charts: Mapping[str, Chart]) -> Figure:
+    """Charts side by side by title, up to four curves each, and any number of levels.
+
+    A curve whose y is one number is a horizontal level. Charts that all show the same names have
+    one legend, others one each. `said` is the sentence about all of it.
+    """
+    figure = blank((6.2 if len(charts) < 3 else 3.4) * len(charts), 4.2)
+    axes = np.ravel(figure.subplots(1, len(charts)))
+    shared = len({tuple(curves) for *_, curves in charts.values()}) == 1 < len(charts)
+    for ax, (title, (x_label, y_label, curves)) in zip(axes, charts.items(), strict=True):
+        looks, dashes = iter(LOOKS), iter(("--", ":", "-."))
+        for name, (x, y) in curves.items():
+            if np.ndim(y) == 0:
+                ax.axhline(y, color=GREY, lw=2, ls=next(dashes), label=name)
+            else:
+                look = dict(zip(("color", "ls", "marker"), next(looks), strict=True))
+                ax.plot(x, y, lw=2.5, ms=8, markevery=max(1, len(x) // 10), label=name, **look)
+        tidy(ax, title, x_label, y_label)
+        if not shared:
+            ax.legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    if shared:
+        place: Any = {"loc": "outside lower center", "ncols": 3}
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=12, frameon=False, **place)
+    figure.set_label(said)
+    return figure
 
 
 def drift_figure(summary: Mapping[str, Any]) -> Figure:
@@ -225,13 +254,13 @@ def token_figure(words: Sequence[str], values: Sequence[float], title: str, unit
 
 def attention_figure(weights: np.ndarray, words: Sequence[str], titles: Sequence[str]) -> Figure:
     """Attention weights [H, S, S], one panel a head: row = the reading word, columns sum to it."""
-    figure = blank(4.1 * len(weights), 4.6)
+    figure = blank(4.9 * len(weights), 5.6)  # room for words that a back row can read
     axes = np.ravel(figure.subplots(1, len(weights)))
     for k, (ax, head) in enumerate(zip(axes, weights, strict=True)):
         image = ax.imshow(head, cmap="Blues", vmin=0, vmax=1)
         ax.set_title(titles[k], fontsize=13, loc="left", weight="bold")
-        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=9)
-        ax.set_yticks(range(len(words)), words if k == 0 else [""] * len(words), fontsize=9)
+        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=12)
+        ax.set_yticks(range(len(words)), words if k == 0 else [""] * len(words), fontsize=12)
     axes[0].set_ylabel("word that reads", fontsize=12)
     figure.supxlabel("word that is read", fontsize=12)
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of attention")

@@ -1,6 +1,6 @@
-"""Figures and the panel of notebook 03: what does a reward model learn from a ranking?
+"""The panel of notebook 03: what does a reward model learn from a ranking?
 
-`chart_figure` draws curves and levels. `LengthDial` turns the labelers' length bias: their own
+`LengthDial` turns the labelers' length bias: their own
 preference on matched pairs moves with the dial, the reward models that were trained beforehand
 answer at the nearest one, and a button trains another on a thread of its own. What is learned is
 handed in as a function: nothing is trained in here. Left out: more than one dial at a time.
@@ -15,32 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from minirlhf.lab.live import LiveFigure, Panel, slider
-from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, STRATUM, VERMILLION, blank, tidy
+from minirlhf.lab.plots import GREEN, GREY, INK, STRATUM, blank, tidy
 
-LOOKS = ((BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "D"), (INK, ":", "^"))
 Learned = Mapping[str, tuple[float, float]]  # stratum -> P(polite preferred), gap in reward sd
-Chart = tuple[str, str, Mapping[str, tuple[Any, Any]]]  # x label, y label, name -> (x, y)
-
-
-def chart_figure(said: str, charts: Mapping[str, Chart]) -> Figure:
-    """Charts side by side by title, up to four curves each, and any number of levels.
-
-    A curve whose y is one number is a horizontal level. `said` is the sentence about all of it.
-    """
-    figure = blank(6.2 * len(charts), 4.2)
-    axes = np.ravel(figure.subplots(1, len(charts)))
-    for ax, (title, (x_label, y_label, curves)) in zip(axes, charts.items(), strict=True):
-        looks, dashes = iter(LOOKS), iter(("--", ":", "-."))
-        for name, (x, y) in curves.items():
-            if np.ndim(y) == 0:
-                ax.axhline(y, color=GREY, lw=2, ls=next(dashes), label=name)
-            else:
-                look = dict(zip(("color", "ls", "marker"), next(looks), strict=True))
-                ax.plot(x, y, lw=2.5, ms=8, markevery=max(1, len(x) // 10), label=name, **look)
-        tidy(ax, title, x_label, y_label)
-        ax.legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    figure.set_label(said)
-    return figure
 
 
 class Cancelled(Exception):

@@ -16,8 +16,8 @@ import torch
 
 from minirlhf.audit import answer, texts
 from minirlhf.lab.live import Picture
-from minirlhf.lab.plots import bars_figure, bias_figure
-from minirlhf.lab.ranking import LengthDial, chart_figure
+from minirlhf.lab.plots import bars_figure, bias_figure, chart_figure
+from minirlhf.lab.ranking import LengthDial
 from minirlhf.preferences import PreferenceConfig, make_pairs, raw_bias, relabel
 from minirlhf.shipped import DIALS, shipped
 
@@ -574,4 +574,4 @@ assert 0.1 < slopes(balanced)[1] < 0.4
 # reliability plot do not see it. A slight gap is enough, for the policy will be optimised
 # against it.
 #
-# Next: the KL penalty, notebook 04. Back to [the map](00_start_here.ipynb).
+# Next: [04 The KL penalty](04_the_kl_penalty.ipynb). Back to [the map](00_start_here.ipynb).
