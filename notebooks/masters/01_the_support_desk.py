@@ -49,7 +49,8 @@ assert desk.vocabulary.decode(ids) == prompt.text.removesuffix(" <sep>")
 # ## 2 Two strata: where is length deserved?
 #
 # *Brief* questions ask for one fact, *detailed* ones for a few steps. Here are answers as the
-# reference's teachers write them: mostly to the point, now and then polite.
+# reference's teachers write them: mostly to the point, now and then with a polite phrase, and now
+# and then polite or guarded *instead of* an answer.
 
 # %%
 for prompt in desk.probes(4):
@@ -72,13 +73,26 @@ for name, found in lengths.items():
 # %% [markdown]
 # ## 3 Gold: quality, exactly
 #
-# Because we wrote the world, an answer's quality is known. *Gold* is in points: did it state the
-# right fact (or the steps), did the first sentence already answer, how many tokens of padding did
-# it add, did it hedge? No model ever sees it.
+# Because we wrote the world, an answer's quality is known. *Gold* is the sum of these points. No
+# model ever sees it.
 
 # %%
-for name, points in desk.spec.gold.items():
-    print(f"{name:10} {points:+.2f}")
+earns = {
+    "correct": "the record's fact is stated (of a few steps: this, times the share stated)",
+    "wrong": "another value of the asked kind stands anywhere; replaces `correct` and `missing`",
+    "missing": "the fact is not stated (of a few steps: this, times the share left out)",
+    "direct": "the first sentence already names a value, or a step",
+}
+costs = {
+    "pad": "each token that does not state the fact or a step for the first time",
+    "hedge": "some sentence takes back or leaves open",
+    "unfinished": f"cut off at {desk.max_response} tokens, before the answer's end",
+}
+for name, meaning in earns.items():
+    print(f"{name:10} {desk.spec.gold[name]:+.2f}  {meaning}")
+for name, meaning in costs.items():
+    print(f"{name:10} {-desk.spec.gold[name]:+.2f}  {meaning}")
+assert earns.keys() | costs.keys() == desk.spec.gold.keys()
 
 # %% [markdown]
 # **Predict.** Four answers to one question. Rank them by gold, and guess: does one opening
@@ -124,13 +138,19 @@ for group, phrases in desk.spec.phrases.items():
 
 # %% [markdown]
 # The panels of this course mark every sentence by what it does for the customer. The auditor's
-# grade decides, so the marks cannot disagree with the numbers.
+# grade decides: a sentence *answers* if the graded share of the fact or of the steps rises with
+# it. The first of a few steps names something of the record, such as the customer's device; a
+# sentence with the step's words and without that fact answers nothing, and is *other*.
 
 # %%
 for role, (*_, meaning) in ROLES.items():
     print(f"{role:9} {meaning}")
 for text, role, _ in read_answer(desk, prompt, f"{opener} {concise} {concise} {hedge}"):
     print(f"{role:>20}: {text}")
+steps = next(p for p in desk.probes(8) if "reset" in p.text)
+garbled = desk.concise(steps).split(" . ")[0].replace(steps.value, "first") + " ."
+for text, role, _ in read_answer(desk, steps, garbled):
+    print(f"{role:>20}: {text}  (correct: {desk.grade(steps, text).correct})")
 
 # %% [markdown]
 # ## 5 Labelers, and their three dials
@@ -174,9 +194,10 @@ for i in (1, 2):
 # %% [markdown]
 # ## 6 Measure the bias before training
 #
-# Now a few thousand labelled pairs: random prompts, two different answers each, half of them from
-# the reference. Nothing is trained yet, and already the labels can be asked: how often did the
-# longer answer win? How often where both answers are *equally right and direct*?
+# Now a few thousand labelled pairs: random prompts, two different answers each, half of the answers
+# from the reference. Nothing is trained yet, and already the labels can be asked: how often did
+# the longer answer win? How often where both answers are *equally right and direct* (matched)?
+# Each label is drawn once, so a share of few pairs is uncertain: `n_...` counts them.
 
 # %%
 from minirlhf.preferences import bayes_ceiling, make_pairs, raw_bias, relabel
@@ -215,21 +236,34 @@ assert groups["all dials 0"]["longer_wins_matched"] < 0.5
 assert groups["labelers of the course"]["longer_wins_matched"] > 0.5
 
 # %% [markdown]
-# The matched shares are the ones to watch: there, content cannot explain the preference. A bias
-# of this size looks harmless on paper. **Turn the dials** and look for settings that would leave
-# the labels unbiased; hollow circles stay at the settings of the course.
+# The matched shares are the ones to watch: there, content cannot explain the preference. The lean
+# to length is the smaller of the two, and would be easy to overlook in a sample of labels; the
+# lean to hedging would not.
+#
+# **Turn the dials** and look for settings that would leave the labels unbiased; hollow circles
+# stay at the settings of the course. The panel shows the same pairs, and shares *expected* over the
+# labelers' noise instead of labels drawn once. So its numbers differ from the ones above, most
+# where the pairs are few.
 
 # %% jupyter={"source_hidden": true}
 dials = LabelerDials(data.train, config)
 dials
 
 # %% tags=["smoke"] jupyter={"source_hidden": true}
+start = dials.values()
 for low in (True, False):
     for control_ in dials.controls.values():
         control_.value = control_.min if low else control_.max
     share = dials.shown["longer_wins_matched"]
-    print(f"all dials at their {'lowest' if low else 'highest'}: longer wins {share:.0%}")
+    print(f"all dials at their {'lowest' if low else 'highest'}, expected, equally right and")
+    print(f"  direct: longer wins {share:.0%}")
     assert (share < 0.5) == low
+for name, value in start.items():  # leave the panel as it was
+    dials.controls[name].value = value
+found, mean = raw_bias(data.train), dials.shown["hedged_wins_matched"]
+drawn, n = found["hedged_wins_matched"], found["n_hedged_wins_matched"]
+print(f"hedging, equally right and direct: drawn {drawn:.0%}, expected {mean:.0%}, {n:.0f} pairs")
+assert abs(drawn - mean) < 3 * (mean * (1 - mean) / n) ** 0.5
 
 # %% [markdown]
 # ## 7 How good can a reward model get?
@@ -242,11 +276,12 @@ for name, labelled in (("labelers of the course", data), ("all dials 0", control
     print(f"{name}: ceiling {bayes_ceiling(labelled.heldout):.0%} on held-out labels")
 found = run.summary["reward_model"]
 accuracy, ceiling = found["heldout_accuracy"], found["bayes_ceiling"]
-print(f"the shipped reward model: {accuracy:.0%}, its ceiling {ceiling:.0%}")
+print(f"the shipped reward model, on other labels: {accuracy:.0%}, their ceiling {ceiling:.0%}")
 
 # %% [markdown]
 # **What to take along.** Quality is known here, so drift can be *measured*. The labels lean
-# towards length and hedging on pairs where nothing else differs. On brief prompts nothing else in
-# this world makes a long answer attractive: if the policy drifts there, these labels taught it.
+# towards length and hedging on pairs that are equally right and direct. On brief prompts nothing
+# else in this world makes a long answer attractive: if the policy drifts there, these labels
+# taught it.
 #
 # Next: [02 The policy](02_the_policy.ipynb).

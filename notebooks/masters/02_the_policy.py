@@ -92,7 +92,7 @@ Picture(attention_figure(heads.numpy(), words[:at], names))
 print("measured:")
 for name, i in zip(names, best, strict=True):
     print(f"{name}: {words[at - 1]!r} reads {seen.flatten()[i]:.1f} of {words[fact]!r}")
-print(f"then it says {vocabulary.words[int(logits[0, at - 1].argmax())]!r}")
+print(f"the likeliest next word is {vocabulary.words[int(logits[0, at - 1].argmax())]!r}")
 assert vocabulary.words[int(logits[0, at - 1].argmax())] == prompt.value
 
 # %% [markdown]
@@ -140,6 +140,9 @@ for t in heat:
     print(f"T = {t}: likeliest first word {one:.2f}, likeliest fact {two:.2f}")
 
 # %% [markdown]
+# The fact loses more probability: a sure word has more to lose. So a hot sampler does not only
+# open in odd ways, it states wrong facts.
+#
 # **Turn the dials**: walk through the answer word by word, at any temperature.
 
 # %% jupyter={"source_hidden": true}
@@ -155,6 +158,7 @@ for at_, hot in ((0, 0.2), (len(said.split()), 3.0)):
     assert 0 < sum(panel.shown.values()) <= 1.0001
 panel.controls["temperature"].value = 1.0
 assert next(iter(panel.shown)) == "<eos>"
+panel.controls["at"].value = 0  # leave the panel as it was
 
 # %% [markdown]
 # ## 5 Sampling whole answers
@@ -173,8 +177,15 @@ drawn = sample(reference, prompts, **limits, generator=torch.Generator().manual_
 with torch.no_grad():
     full, _ = response_logprobs(reference, prompts, drawn.responses, drawn.mask)
 assert torch.allclose(drawn.logprobs, full, atol=1e-4)
-for row in range(4):
-    print(vocabulary.decode(drawn.responses[row]))
+answers = [vocabulary.decode(row) for row in drawn.responses]
+grades = [desk.grade(prompt, text) for text in answers]
+for text, g in zip(answers[:4], grades, strict=False):
+    print(f"{text}  (gold {g.gold:+.2f})")
+print(f"{np.mean([g.correct for g in grades]):.0%} of {len(grades)} draws state the fact")
+
+# %% [markdown]
+# One question, several answers: sampling is a draw at every word, and a draw can go wrong. The
+# reference is good and not perfect.
 
 # %% [markdown]
 # ## 6 What fine-tuning taught
@@ -200,8 +211,9 @@ for name, model in (("untrained", untrained), ("reference", reference)):
 print(f"log V: {np.log(len(vocabulary)):.1f} nats")
 
 # %% [markdown]
-# What is left is not ignorance but choice: several wordings are right. **Entropy** shows where.
-# A position with much entropy is a *fork*; the rest of the answer follows from it.
+# What is left is mostly choice, not ignorance: several wordings are right. **Entropy** shows where
+# the choices are: the mean of -log p over the words that may come next. A position with much
+# entropy is a *fork*; between forks the words follow from what was said.
 #
 # **Predict.** Where in an answer are the forks?
 
@@ -247,23 +259,26 @@ Picture(token_figure(steps, list(stops.values()), "P(stop) after a right answer"
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 for step, share in stops.items():
-    print(f"step {step:3d}: stops with probability {share:.1f}")
+    print(f"step {step:3d}: stops with probability {share:.2f}")
 assert stops[run.steps[-1]] < stops[run.steps[0]] / 2
 
 # %% [markdown]
-# How dear is it not to stop? A policy that *never* stops here pays, once, the log of what the
-# reference left for going on. What it then says the reference may find quite likely; how little
-# that costs is measured in notebook 04, which builds on this number.
+# How dear is it not to stop? Where the reference goes on with probability 1 - p, a policy that
+# *always* goes on pays, once, minus the log of that. What it then says the reference may find
+# quite likely; how little that costs is measured in notebook
+# [04](04_the_kl_penalty.ipynb), which builds on this number.
 
 # %%
 share = stops[run.steps[0]]
 price = -np.log(1 - share)
-print(f"the reference stops with probability {share:.1f};")
-print(f"at that probability never to stop costs about {price:.0f} nats, paid once")
+print(f"the reference stops with probability {share:.3f}, and goes on with {1 - share:.3f}")
+print(f"never to stop, at that probability: -log {1 - share:.3f} = {price:.1f} nats, paid once")
 
 # %% [markdown]
 # **What to take along.** The policy is a table of next-word probabilities, computed by a small
 # network; the answer's length is one of its choices. Most positions leave no choice, a few forks
 # decide, and the fork at the end of a right answer is the one to watch.
 #
-# Next: the reward model (not written yet). Back to [the map](00_start_here.ipynb).
+# Next: [03 The reward model](03_the_reward_model.ipynb); with it the
+# [KL penalty](04_the_kl_penalty.ipynb) and [PPO](05_ppo.ipynb). Back to
+# [the map](00_start_here.ipynb).
