@@ -107,6 +107,28 @@ def test_version_is_the_same_everywhere():
     assert "Apache License" in (HOME / "LICENSE").read_text(encoding="utf-8")
 
 
+def test_every_dependency_has_its_reason_in_the_readme():
+    text = (HOME / "README.md").read_text(encoding="utf-8")
+    reasons = text.split("why each is there:")[1].split("\n[docs/metrics.md]")[0]
+    assert [need.name for need in DIRECT if not re.search(rf"\b{need.name}\b", reasons)] == []
+
+
+def test_citation_is_complete():
+    citation = yaml.safe_load((HOME / "CITATION.cff").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", str(citation["date-released"]))
+    assert citation["authors"] == [{"name": PROJECT["authors"][0]["name"]}]
+    assert {"cff-version", "message", "title", "type"} <= citation.keys()
+
+
+def test_the_readme_has_a_row_for_every_notebook_and_the_map_a_link():
+    for path in (HOME / "notebooks").glob("[0-9]*.ipynb"):
+        link = f"[{path.stem}](notebooks/{path.name})"
+        assert link in (HOME / "README.md").read_text(encoding="utf-8")
+    first = (HOME / "notebooks" / "masters" / "00_start_here.py").read_text(encoding="utf-8")
+    for path in (HOME / "notebooks").glob("0[1-9]*.ipynb"):
+        assert f"]({path.name})" in first, "the map of notebook 00 links it"
+
+
 def make(*words):
     if shutil.which("make") is None:
         pytest.skip("no make on this machine")
