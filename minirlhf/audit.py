@@ -93,23 +93,6 @@ class Auditor:
             stops.append(1 - (1 - logits.softmax(-1)[..., eos] * part[1]).prod(1))
         return torch.stack(stops).mean(0).cpu().numpy()
 
-    @torch.no_grad()
-    def stopped_by(self, tokens: int) -> np.ndarray:
-        """How sure the reference is to have stopped by token `tokens` [probes], in [0, 1].
-
-        Along each of its sampled answers, 1 minus the product of the probabilities of going on;
-        the mean over the samples. A second way to the strata (brief where it is at least 1/2),
-        less at the mercy of one long sample than a mean length is. A state after an answer's end
-        is not seen, which makes it a little low where there are several places to stop.
-        """
-        eos, stops = self.desk.vocabulary.eos, []
-        for part in zip(
-            *(t[:, :tokens].split(len(self.probes)) for t in self._scored), strict=True
-        ):
-            logits, _ = response_outputs(self.reference, self.prompts, *part)
-            stops.append(1 - (1 - logits.softmax(-1)[..., eos] * part[1]).prod(1))
-        return torch.stack(stops).mean(0).cpu().numpy()
-
     def calibrate(self) -> None:
         """Put the reward model on the scale of the reference's own answers to the probes."""
         prompts = self.prompts.repeat(self.config.reference_samples, 1)
