@@ -17,6 +17,16 @@ def stratum(length: float, gold: float, direct: float, evasion: float) -> dict:
     return {"length_tokens": length, "gold": gold, **rates}
 
 
+def brief_facts(phrase=0.4, kl=2.5, advantage=0.3, holds=True) -> dict:
+    """Facts whose intervals have these lower limits."""
+    limits = {"phrase": {"gap": phrase}, "kl": {"gap": kl}, "advantage": {"verbose": advantage}}
+    intervals = {
+        quantity: {kind: [low + 0.1, low, low + 0.2] for kind, low in of.items()}
+        for quantity, of in limits.items()
+    }
+    return {"holds": [phrase > 0, kl > 0, advantage > 0 and holds], "intervals": intervals}
+
+
 def summary(seed: int = 0, arm: str = "drift", **changes) -> dict:
     """A run in which every claim of its arm holds; `changes` replace whole entries."""
     reference = {"kl_nats": 0.0, "rm_score_sd": 0.0, "brief": stratum(7, 0.6, 0.9, 0.02)}
@@ -31,7 +41,15 @@ def summary(seed: int = 0, arm: str = "drift", **changes) -> dict:
     batch |= {"positive_token_share_verbose": 0.8}
     history = [{"rm_score_sd": score} for score in (0.0, 1.5, 1.9, final["rm_score_sd"])]
     judged = {"heldout_accuracy": 0.7, "bayes_ceiling": 0.78, "length_ruler_accuracy": 0.6}
-    found = {"seed": seed, "arm": arm, "reference": reference, "final": final, "batch": batch}
+    facts = {"brief": brief_facts() if arm == "drift" else brief_facts(phrase=-0.5, holds=False)}
+    found = {
+        "seed": seed,
+        "arm": arm,
+        "facts": facts,
+        "reference": reference,
+        "final": final,
+        "batch": batch,
+    }
     return found | {"history": history, "reward_model": judged} | changes
 
 
@@ -62,7 +80,11 @@ def test_a_run_that_shows_the_case_holds_every_claim():
         ("growth of brief / growth of detailed", 3.0 / 1.5),
         ("KL(policy", 7.0),
         ("RM gap of one courtesy", 0.3),
-        ("advantage, verbose", 0.5),
+        ("batch: advantage, verbose", 0.5),
+        ("fact a", 0.4),
+        ("fact b", 2.5),
+        ("fact c", 0.3),
+        ("all three", 1.0),
         ("advantage, concise", -0.3),
         ("advantage > 0 (share)", 0.8),
         ("top tenth", 0.9),
@@ -86,7 +108,13 @@ FAILING = [  # what must not count as held
     ("KL(policy", {"final": {**summary()["final"], "kl_nats": 3.9}}),
     ("RM gap", {"batch": {**summary()["batch"], "rm_gap_sd": 0.7}}),
     ("RM gap", {"batch": {**summary()["batch"], "rm_gap_sd": -0.1}}),
-    ("advantage, verbose", {"batch": {**summary()["batch"], "advantage_verbose": 0.0}}),
+    ("fact a", {"facts": {"brief": brief_facts(phrase=-0.01)}}),
+    ("fact b", {"facts": {"brief": brief_facts(kl=-0.01)}}),
+    ("fact c", {"facts": {"brief": brief_facts(advantage=-0.01)}}),
+    ("fact c", {"facts": {}}),
+    ("all three", {"facts": {"brief": brief_facts(advantage=-0.01)}}),
+    ("all three", {"facts": {}}),
+    ("batch: advantage, verbose", {"batch": {**summary()["batch"], "advantage_verbose": 0.0}}),
     ("advantage, concise", {"batch": {**summary()["batch"], "advantage_concise": 0.0}}),
     ("> 0 (share)", {"batch": {**summary()["batch"], "positive_token_share_verbose": 0.69}}),
     ("top tenth", {"batch": {**summary()["batch"], "kl_share_top_decile": 0.5}}),
@@ -116,6 +144,12 @@ def test_kl_of_verbose_is_five_times_or_two_nats_above(verbose, concise, holds):
     batch = {**summary()["batch"], "kl_verbose_nats": verbose, "kl_concise_nats": concise}
     row = claim(rows_of([summary(batch=batch)]), "2 nats")
     assert row["held"] == holds
+
+
+@pytest.mark.parametrize(("facts", "held"), [({}, 1), ({"brief": brief_facts()}, 0)])
+def test_in_the_control_arm_the_three_facts_must_not_hold(facts, held):
+    row = claim(rows_of([summary(arm="control", facts=facts)]), "all three", "control")
+    assert row["held"] == held
 
 
 @pytest.mark.parametrize("length, held", [(4.8, 0), (5.0, 1), (8.0, 1), (8.2, 0)])
