@@ -132,6 +132,30 @@ def push(
     return found
 
 
+def leverage(
+    run: PPO,
+    rollout: Rollout,
+    weights: Tensor,
+    *,
+    optimiser: Literal["sgd", "adam"] = "adam",
+    lr: float | None = None,
+) -> Tensor:
+    """[B, T]: what a unit of advantage on each token adds to sum(weights [B] * log pi(answer)).
+
+    To first order, by one step of `run` on the whole batch whose scale (gradient clip, Adam's
+    second moment) stays as the logged advantages make it. Times any advantages and summed, this
+    is what their policy gradient does; `push` explains the logged ones alone, and checks itself.
+    """
+    demand(rollout, "advantages", "returns")
+    lr = run.config.lr if lr is None else lr
+    given = (rollout.prompts, rollout.responses, rollout.mask)
+    logprobs, _ = response_logprobs(run.policy, *given, temperature=run.config.temperature)
+    gradient = _gradient(run, (logprobs.sum(1) * weights.to(logprobs.dtype)).sum())
+    rate, _ = _rate(run, rollout, lr, optimiser)
+    slope = surrogate_slope(logprobs, rollout, run.config).double()
+    return slope * _tangents(run, rollout, rate * gradient)[0]
+
+
 def _step(run: PPO, rollout: Rollout, lr: float, optimiser: str) -> None:
     """A real step on the whole batch."""
     run.optimiser.zero_grad()

@@ -9,6 +9,7 @@ setting would have led to: that takes another run.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
@@ -215,6 +216,16 @@ def _ridge(features: Tensor, y: Tensor, rollout: Rollout) -> Tensor:
     return fitted
 
 
+def _watched(loss: Callable, watch: Callable[[], None]) -> Callable:
+    """PPO.loss that says when it is called: a progress bar and a way out for a reader."""
+
+    def called(batch: Rollout) -> Any:
+        watch()
+        return loss(batch)
+
+    return called
+
+
 def what_if_clip(
     rollout: Rollout,
     parts: AdvantageParts,
@@ -222,19 +233,23 @@ def what_if_clip(
     *,
     run: PPO | None = None,
     logprobs: Tensor | None = None,
+    watch: Callable[[], None] | None = None,
 ) -> WhatIf:
     """What the surrogate lets through at the epsilon and style of `config`: parts times ratio, and
     0 where the clip has cut the gradient.
 
     With `run` (as it was before this batch) the real update is taken again on a copy, and the
     ratio is that after it; figures are its metrics. With `logprobs` [B, T] of a later policy the
-    ratio is fixed. Raises ValueError where the ratio is 1 everywhere, so that no clip acts.
+    ratio is fixed. `watch` is called before each of the update's minibatches; what it raises ends
+    the update. Raises ValueError where the ratio is 1 everywhere, so that no clip acts.
     """
     demand(rollout, "advantages")
     figures, why = {}, "exact for these log-probs; another epsilon would have led to others"
     if run is not None:
         copied, given = twin(run), (rollout.prompts, rollout.responses, rollout.mask)
         copied.config = replace(run.config, clip=config.clip, clip_style=config.clip_style)
+        if watch is not None:
+            copied.loss = _watched(copied.loss, watch)
         figures = copied.update(rollout)
         with torch.no_grad():
             logprobs = response_logprobs(copied.policy, *given, temperature=config.temperature)[0]
