@@ -95,6 +95,8 @@ def _draw_curves(figure: Any, entries: list[dict[str, Any]]) -> list[Any]:
     for name, style in STRATUM.items():
         values = curve(entries, "gold", name)
         right.plot(steps, values, color=style["color"], ls=style["ls"], lw=2, label=name)
+    for ax in (left, right):
+        ax.margins(y=0.12)  # room for the dots at the ends
     right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=10, frameon=False)
     marks = [ax.axvline(steps[0], color=GREY, lw=1.5) for ax in (left, right)]
     looks = (left, INK, "D"), *((right, s["color"], s["marker"]) for s in STRATUM.values())

@@ -172,6 +172,8 @@ assert batch["advantage_verbose"] > 0 > batch["advantage_concise"]
 # blue: 95 % interval of the mean; diamond: the mean. The settings were chosen while looking at
 # these seeds, so the table describes them; it proves nothing about others. Made by
 # `minirlhf seeds`; `docs/seeds.md` has every interval, and fresh seeds at which nothing was chosen.
+# (*k1* says how KL was estimated: notebook 04. The *Bayes ceiling* is the best accuracy that the
+# noise of the labels allows: notebook 01.)
 
 # %%
 Picture(seeds_figure([row for row in run.seeds if row["arm"] == "drift"][:8]))

@@ -279,6 +279,6 @@ print(f"never to stop, at that probability: -log {1 - share:.3f} = {price:.1f} n
 # network; the answer's length is one of its choices. Most positions leave no choice, a few forks
 # decide, and the fork at the end of a right answer is the one to watch.
 #
-# Next: [03 The reward model](03_the_reward_model.ipynb); with it the
-# [KL penalty](04_the_kl_penalty.ipynb) and [PPO](05_ppo.ipynb). Back to
+# Next: [03 The reward model](03_the_reward_model.ipynb), then
+# [04 The KL penalty](04_the_kl_penalty.ipynb) and [05 PPO](05_ppo.ipynb). Back to
 # [the map](00_start_here.ipynb).
