@@ -94,3 +94,11 @@ def test_push_meets_pull_where_it_ends(dial):
         assert list(dial._dots[0].get_xdata()) == [shown["end"]]
     turn(dial, way="k3 in the reward", beta=0.1, prompt=1)
     assert "runs away" in dial.live.alt and np.isnan(dial._dots[0].get_ydata()).all()
+
+
+def test_a_peak_beyond_the_picture_is_not_given_a_place(dial):
+    """At beta .02 most moves at p0 = 1 / (1 + exp(7.5)), left of what is drawn."""
+    turn(dial, way="k1 in the reward", beta=0.02)
+    assert "most where verbose is rarest" in dial.live.alt
+    turn(dial, beta=0.03)
+    assert "most at p0 = 0.0067" in dial.live.alt

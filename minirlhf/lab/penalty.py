@@ -87,13 +87,13 @@ class BetaDial(Panel):
         self._dots[0].set_data([rest], [self._gap if rest < 1 else np.nan])
         for dots, before in zip(self._dots[1:], (0, self._p0), strict=True):
             dots.set_data(*(([], []) if run is None else (self._p0, run - before)))
-        peak = SHARES[drift.argmax()]
+        peak, inside = SHARES[drift.argmax()], drift.argmax() > 0
         self.shown = {"ends": ends, "end": rest.item(), "peak": peak.item(), "run": run}
-        stops = f"ends at {rest:.2f}" if rest < 1 else "runs away to 1"
+        stops = f"ends at {rest:.3f}" if rest < 1 else "runs away to 1"
         texts = (
             f"from p0 = {p0:.2g}: {stops}",
             "no run here: theory only" if run is None else "dots: trained by PPO",
-            f"most at p0 = {peak:.2g}",
+            f"most at p0 = {peak:.2g}" if inside else "most where verbose is rarest",
         )
         for artist, text in zip(self._texts, texts, strict=True):
             artist.set_text(text)

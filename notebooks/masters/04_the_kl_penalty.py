@@ -679,17 +679,18 @@ for beta, ends in sorted(good.items()):
     print(f"beta {beta}: most should move at p0 = {peak:.2g}; it does, or at a neighbour")
 
 # %% [markdown]
-# k3 in the loss keeps an error of some hundredths: near its end it creeps. And one prompt is
-# missing in this list. k3 in the *reward* should hold the rarest one, p0 = 0.003, and let the
-# other seven go. Is theory wrong, or is it that eight prompts share one network?
+# k3 in the loss is some hundredths off after these steps. (Longer runs of one prompt alone end
+# within 0.03: tests/test_ladder_two_answers.py.) And k3 in the *reward* is not listed: theory says
+# that it holds the rarest prompt, p0 = 0.003, and lets the other seven go. The run let all eight
+# go. Is theory wrong, or is it that eight prompts share one network?
 
 # %%
 alone, _ = train(0.1, "reward", "k3", steps=60, on=1)
 first, rest = theory["k3 in the reward", 0.1][0], theory["k3 in the reward", 0.1][1:]
 assert rest.min() == 1 and runs["k3 in the reward", 0.1][1:].min() > 0.98
-assert abs(share(alone)[0] - first) < 0.03 < abs(runs["k3 in the reward", 0.1][0] - first)
+assert abs(share(alone)[0] - first) < 0.03 and runs["k3 in the reward", 0.1][0] > 0.98
 print(f"p0 = 0.003: theory {first:.2f}. Trained alone it ends within 0.03 of that;")
-print("trained with the seven that run away it does not: they take it along")
+print("trained with the seven that run away it runs away, too: they take it along")
 
 # %% [markdown]
 # **Predict**, before you turn to k3 on the dial. k3 in the loss at $k = 2$ ($\beta = 0.15$): where
