@@ -32,9 +32,11 @@ def notebook():
     """The notebook's own `real_updates` and `road`, with the names that their cells meet."""
     from minirlhf.kl import kl_k3
     from minirlhf.model import response_logprobs
+    from minirlhf.push import twin
 
     scope = {"torch": torch, "copy": copy, "math": math, "replace": replace, "PPO": PPO}
     scope |= {"kl_k3": kl_k3, "response_logprobs": response_logprobs, "EPSILONS": (0.02, 0.8)}
+    scope |= {"twin": twin}
     scope |= {"ppo_policy_loss": ppo_policy_loss, "p0": P0, "gap": GAP, "beta": BETA}
     for cell in bn.read_master(bn.NOTEBOOKS / "masters" / "05_ppo.py").cells:
         for name in ("def real_updates", "def road", "def literal_road"):
@@ -45,17 +47,15 @@ def notebook():
 
 @pytest.fixture(scope="module")
 def dial(notebook):
-    run = shipped()
-    batch = run.rollout(12)
-    batch = batch.select(torch.arange(0, len(batch), 2))
-    from minirlhf.ppo_config import PPOConfig
-
-    policy = run.policy(10)
-    before = {k: v.clone() for k, v in policy.state_dict().items()}
-    config = PPOConfig(**run.summary["config"]["ppo"] | {"batch": len(batch)})
-    sweep = {eps: (r, kl) for eps, r, kl in notebook["real_updates"](policy, batch, config)}
-    for name, value in policy.state_dict().items():
-        assert torch.equal(value, before[name]), "the sweep moved the policy it was given"
+    case = shipped()
+    table, score = case.desk.encode(case.prompts()), case.reward_model().score
+    config = replace(case.config.ppo, batch=64)
+    run = PPO(case.policy(10), case.reference, score, table, config)
+    batch, _ = run.rollout()
+    before = {k: v.clone() for k, v in run.state_dict().items()}
+    sweep = {eps: (r, kl) for eps, r, kl in notebook["real_updates"](run, batch)}
+    for name, value in run.state_dict().items():
+        assert torch.equal(value, before[name]), "the sweep moved the run it was given"
     paths = {eps: notebook["road"](eps) for eps in sweep}
     return ClipDial(sweep, paths, float(two_answer(P0, GAP, BETA)))
 
@@ -85,7 +85,7 @@ def test_the_dial_draws_the_numbers_that_it_says(dial):
     band, bars, said, share, move, line = dial._artists
     homes = {a: a.axes.get_title(loc="left") for a in (band, bars, share, move, line)}
     assert homes[band] == homes[bars] == "ratios after the update"
-    assert homes[share] == "clipped tokens" and homes[move] == "move, nats/answer"
+    assert homes[share] == "tokens outside" and homes[move] == "move, nats/answer"
     assert homes[line] == "two answers"
     assert (band.get_x(), band.get_width()) == pytest.approx((0.2, 1.6))
     assert "0.2 to 1.8" in said.get_text()
@@ -169,4 +169,4 @@ def test_figures_are_labelled_with_their_numbers():
     assert "the frontier stands at 2.0" in figure.get_label()
     sweep = {0.1: (np.array([0.5, 1.0, 9.0]), 0.2), 0.3: (np.array([1.0, 1.1, 1.2]), 0.4)}
     figure = clip_figure(sweep, {0.1: [0, 1], 0.3: [0, 1]}, 0.9)
-    assert "clipped tokens 67% to 0%, move 0.20 to 0.40 nats" in figure.get_label()
+    assert "tokens outside 67% to 0%, move 0.20 to 0.40 nats" in figure.get_label()

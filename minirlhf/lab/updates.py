@@ -24,7 +24,7 @@ def clip_share(eps: float, ratios: np.ndarray) -> float:
 
 
 def clip_figure(sweep: Sweep, paths: Paths, goal: float) -> Figure:
-    """Every epsilon of a sweep: ratios, clipped tokens, size of the move, the road to the goal.
+    """Every epsilon of a sweep: ratios, tokens outside, size of the move, the road to the goal.
 
     `sweep` {epsilon: (ratios [tokens] after the update, its KL in nats per answer)}; `paths`
     P(verbose) after each rollout on two answers, for the same epsilons; `goal` what theory says.
@@ -36,7 +36,7 @@ def clip_figure(sweep: Sweep, paths: Paths, goal: float) -> Figure:
     ax.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     shares = [clip_share(eps, ratios) for eps, (ratios, _) in sweep.items()]
     moves = [nats for _, nats in sweep.values()]
-    for key, title, values in (("c", "clipped tokens", shares), ("k", "move, nats/answer", moves)):
+    for key, title, values in (("c", "tokens outside", shares), ("k", "move, nats/answer", moves)):
         ax = tidy(axes[key], title, "epsilon (log)" if key == "k" else "")
         ax.plot(grid, values, color=GREY, marker=".")
         ax.set(xscale="log", ylim=(-0.08 * max(values), 1.25 * max(values)))
@@ -51,7 +51,7 @@ def clip_figure(sweep: Sweep, paths: Paths, goal: float) -> Figure:
         axes["h"].stairs(_counts(sweep[eps][0]), BINS, color="#CCCCCC", baseline=0.5)
         ax.plot(paths[eps], color="#CCCCCC", lw=1.2)
     figure.set_label(
-        f"From epsilon {grid[0]:g} to {grid[-1]:g}: clipped tokens {shares[0]:.0%} to "
+        f"From epsilon {grid[0]:g} to {grid[-1]:g}: tokens outside {shares[0]:.0%} to "
         f"{shares[-1]:.0%}, move {moves[0]:.2f} to {moves[-1]:.2f} nats an answer; "
         f"every road ends near {goal:.2f}."
     )
@@ -162,7 +162,7 @@ def frontier_figure(
     figure = blank(7.5, 4)
     ax = tidy(figure.subplots(), "", "KL to the reference, nats per answer", "proxy, points")
     ax.plot(kl, reward, color=INK, lw=2.5, label="frontier: exact optima")
-    ax.plot(run_kl, run, color=VERMILLION, marker="o", ms=5, label="PPO, step by step")
+    ax.plot(run_kl, run, color=VERMILLION, marker="o", ms=5, label="PPO on its way")
     ax.set(xlim=(0, 1.5 * max(run_kl)), ylim=(min(reward), max(run) * 1.15))
     ax.legend(fontsize=12, frameon=False, loc="lower right")
     figure.set_label(

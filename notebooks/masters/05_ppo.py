@@ -177,12 +177,15 @@ for at in (0.0, 1.0):
     fork = {critic: float(a[0]) for critic, a in panel.shown.items()}
     print(f"lambda {at:.0f}: fork {fork['flat']:+.2f} (flat), {fork['exact']:+.2f} (exact)")
 assert abs(fork["flat"] - fork["exact"]) < 1e-9  # lambda 1: the critic between does not matter
+forks = {}
 for at in (gamma.min, gamma.max):
     for length in (tokens.min, tokens.max):
         gamma.value, tokens.value = at, length
         assert len(panel.shown["flat"]) == length
-        fork = float(panel.shown["exact"][0])
+        forks[at, length] = fork = float(panel.shown["exact"][0])
         print(f"gamma {at:.1f}, {length} tokens: fork {fork:+.2f} (exact)")
+assert forks[0.9, 60] < 0 < forks[0.9, 2] < forks[1.0, 2]  # a discount charges the long answer
+assert abs(forks[1.0, 60] - forks[1.0, 2]) < 1e-9  # without one, length does not count
 lam.value, gamma.value, tokens.value = 1.0, 1.0, 30
 
 # %% [markdown]
@@ -206,8 +209,8 @@ print(f"exact critic, gamma 0.95: {chain.end(gamma=0.95):.2f}")
 # ## 2 A baseline changes signs, not destinations
 #
 # Two answers now, one token each. $R_V$ and $R_C$ are what they net after KL. The advantage is
-# $R - b$ for *some* baseline b. The ascent on logit p is $p A_V (1-p) - (1-p) A_C\, p =
-# p(1-p)(A_V - A_C)$: the baseline is gone.
+# $R - b$ for *some* baseline b that does not look at the answer. The ascent on logit p is
+# $p A_V (1-p) - (1-p) A_C\, p = p(1-p)(A_V - A_C)$: the baseline is gone.
 
 # %%
 net = {"V": gap - beta * math.log(p / p0), "C": -beta * math.log((1 - p) / (1 - p0))}
@@ -217,7 +220,8 @@ for name, b in baselines.items():
     a_v, a_c = net["V"] - b, net["C"] - b
     ascent = p * a_v * (1 - p) - (1 - p) * a_c * p
     print(f"{name:11}: A_V {a_v:+.2f}, A_C {a_c:+.2f}, difference {a_v - a_c:.3f}, ", end="")
-    print(f"ascent {ascent:.4f}")
+    spread = math.sqrt(p * (a_v * (1 - p)) ** 2 + (1 - p) * (a_c * p) ** 2 - ascent**2)
+    print(f"ascent {ascent:.4f}, one sample's sd {spread:.2f}")
     assert math.isclose(a_v - a_c, net["V"] - net["C"]) and math.isclose(
         ascent, p * (1 - p) * (net["V"] - net["C"])
     )
@@ -225,8 +229,9 @@ a_v, a_c = net_advantages(p, p0, gap, beta)
 assert math.isclose(a_v, net["V"] - value) and math.isclose(a_c, net["C"] - value)
 
 # %% [markdown]
-# So "the advantages are positive" says little before we know the baseline. With the exact value
-# it says one thing: the policy is still below the optimum of notebook 04.
+# One sampled answer gives $A_V (1-p)$ or $-A_C\,p$: the same mean under every baseline, but not
+# the same spread. So "the advantages are positive" says little before we know the baseline. With
+# the exact value it says one thing: the policy is still below the optimum of notebook 04.
 #
 # **Predict.** The exact critic, KL in the reward. Which sign has $A_V$ below p*, at p*, above it?
 # And at p*: is the penalty small?
@@ -245,9 +250,10 @@ for at in (0.5, star, 0.97):
 # positive advantages do not contradict each other on the way; at the end it is the *net* that
 # vanishes.
 #
-# **Whitening** is an affine map of the advantages: divide by their sd (`scale`), or subtract
-# their mean as well (`shift_scale`). The shift is one more baseline. It makes about half the
-# tokens positive, whatever the critic says.
+# **Whitening** is an affine map of the advantages: divide by their sd (`scale`, the shipped run's
+# choice), or subtract their mean as well (`shift_scale`). The sd is a step size. The shift is one
+# more baseline: afterwards some tokens are positive and some negative, whatever the critic says.
+# (Dividing the *scores* before KL is charged is another matter: it changes the price of KL.)
 #
 # **Exercise 2** (10 minutes). Write `shift_scale` for a batch with padding.
 
@@ -326,7 +332,7 @@ assert baseline_runs["blind critic"][1] == 1
 
 # %% [markdown]
 # Every advantage positive, from the first rollout to the last, and the policy stops at the same
-# place. What a bad baseline costs is noise.
+# place. What a bad baseline costs is noise: the sd in the table above.
 #
 # ## 3 The clip, case by case
 #
@@ -336,8 +342,8 @@ assert baseline_runs["blind critic"][1] == 1
 # $\min(\rho A,\ \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon)\, A)$; the book bounds the ratio from
 # above only: $\min(\rho, 1+\epsilon)\, A$.
 #
-# **Predict.** Three ratios (below, inside, above the band), two signs of A, two forms. In which
-# cases is the gradient 0? In which do the forms differ?
+# **Predict.** Four ratios (below the band, inside it on either side of 1, above it) and two signs
+# of A make eight cases, each in two forms. Where is the gradient 0? Where do the forms differ?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured (epsilon 0.2), from the library's loss by autograd:")
@@ -352,15 +358,20 @@ def surrogate(ratio, advantage, style):
     return -loss.item(), -new.grad.item() + 0.0
 
 
-print("  A  ratio        schulman            book")
+print(f" A  ratio   {'schulman':22}book")
+flat_cases = {"schulman": [], "book": []}
 for advantage in (1, -1):
-    for ratio in (0.5, 1.0, 1.5):
-        cells = [surrogate(ratio, advantage, style) for style in ("schulman", "book")]
-        print(f"{advantage:+d}   {ratio}  ", end="")
-        print("   ".join(f"{v:+.1f}, gradient {g:+.1f}" for v, g in cells))
+    for ratio in (0.5, 0.9, 1.1, 1.5):
+        cells = {style: surrogate(ratio, advantage, style) for style in flat_cases}
+        for style, (_, gradient) in cells.items():
+            flat_cases[style] += [(advantage, ratio)] if gradient == 0 else []
+        print(f"{advantage:+d}  {ratio}   ", end="  ")
+        print("   ".join(f"{v:+.1f}, gradient {g:+.1f}" for v, g in cells.values()))
+assert flat_cases == {"schulman": [(1, 1.5), (-1, 0.5)], "book": [(1, 1.5), (-1, 1.5)]}
 
 # %% [markdown]
-# Read the four outer cases of A < 0 against each other. Below the band the token has been pushed
+# The gradient is by the token's log-prob, and to be followed *up*. Read the two outer cases of
+# A < 0 in both forms. Below the band the token has been pushed
 # down far enough: Schulman's form stops, the book's pushes on without end. Above the band a bad
 # token has become *likelier*: Schulman's form pulls it back, the book's has no gradient at all.
 # For A > 0 the two are the same.
@@ -405,8 +416,8 @@ for eps in (0.2, 0.1):
 
 # %% [markdown]
 # The concise side is the loose one: taking a fifth away from what has nearly all the probability
-# sets free a lot. "At most 20 percent a step" is true of each *sampled* token's ratio, not of
-# the probability of a mode.
+# sets free a lot. "At most 20 percent a step" is said of the ratio of a *sampled* token. The
+# probability of a whole mode is not bounded so. (Section 5: not even the ratio is.)
 #
 # ## 4 A PPO step in one sitting
 #
@@ -489,40 +500,39 @@ print("three steps: the same batches, the same scores, the same policy as the li
 # %% [markdown]
 # ## 5 The dial: epsilon on a real batch
 #
-# Back to the support desk. The batch is the one that the shipped run learnt from in its 12th
-# step. It was sampled by the policy after 11 steps, which is not shipped; we take the policy
-# after 10 and let *its* log-probs be the old ones, so that every ratio starts at 1. Optimiser and
-# settings are the run's, but Adam starts afresh. One update for each epsilon: this trains, so it
-# takes a few seconds, and each line appears as it is done.
+# Back to the support desk. The shipped policy, after ten steps of its run, draws a batch of 128
+# answers, and the run's own settings price it: KL, reward model, critic. Then one real update,
+# two epochs of two minibatches, again and again from the same weights: only epsilon differs. Adam
+# starts afresh, which the run's own did not. This trains, so it takes a few seconds, and each line
+# appears as it is done.
 
 # %%
 from minirlhf.kl import kl_k3
-from minirlhf.ppo_config import PPOConfig
+from minirlhf.push import twin
 
 EPSILONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
-def real_updates(policy, rollout, config):
-    """For each epsilon the same update of a copy: (epsilon, ratios [tokens], KL nats/answer)."""
-    given, mask = (rollout.prompts, rollout.responses, rollout.mask), rollout.mask
-    with torch.no_grad():
-        old, values = response_logprobs(policy, *given)
-    batch = replace(rollout, logprobs=old, values=values)
+def real_updates(run, rollout):
+    """For each epsilon the update of a copy: (epsilon, ratios [tokens], KL nats/answer)."""
+    mask = rollout.mask
     for eps in EPSILONS:
-        moved = copy.deepcopy(policy)
-        run = PPO(moved, policy, lambda *_: old, rollout.prompts, replace(config, clip=eps))
-        run.update(batch)
+        copied = twin(run)
+        copied.config = replace(run.config, clip=eps)
+        copied.update(rollout)
         with torch.no_grad():
-            new, _ = response_logprobs(moved, *given)
-        kl = torch.where(mask, kl_k3(old, new), 0.0).sum(1).mean()  # KL(old || new)
-        yield eps, (new - old)[mask].exp().numpy(), kl.item()
+            new, _ = response_logprobs(copied.policy, rollout.prompts, rollout.responses, mask)
+        kl = torch.where(mask, kl_k3(rollout.logprobs, new), 0.0).sum(1).mean()  # KL(old || new)
+        yield eps, (new - rollout.logprobs)[mask].exp().numpy(), kl.item()
 
 
 # %%
 support = shipped()
-config = PPOConfig(**support.summary["config"]["ppo"])
+table, score = support.desk.encode(support.prompts()), support.reward_model().score
+run = PPO(support.policy(10), support.reference, score, table, support.config.ppo)
+batch, _ = run.rollout()
 sweep = {}
-for eps, ratios, kl in real_updates(support.policy(10), support.rollout(12), config):
+for eps, ratios, kl in real_updates(run, batch):
     sweep[eps] = ratios, kl
     share = clip_share(eps, ratios)
     print(f"epsilon {eps:.2f}: {100 * share:3.0f} % of the tokens outside, {kl:.1f} nats an answer")
@@ -560,8 +570,9 @@ for eps, path in paths.items():
 print(f"theory: {star:.2f}")
 
 # %% [markdown]
-# **Predict.** From $\epsilon = 0.2$ to 0.02: more clipped tokens or fewer? A larger move or a
-# smaller one? Which curve of the right-hand panel ends elsewhere? And: can a ratio leave the band?
+# **Predict.** From $\epsilon = 0.2$ to 0.02: more tokens outside the band or fewer? A larger
+# move or a smaller one? Which curve of the right-hand panel ends elsewhere? And: can a ratio leave
+# the band at all?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -582,20 +593,21 @@ for eps in (EPSILONS[0], EPSILONS[-1]):
 small, large = ends.values()
 assert small["clip_share"] > large["clip_share"] and small["kl_nats"] < large["kl_nats"]
 assert small["half_way"] > large["half_way"] and abs(small["end"] - large["end"]) < 0.01
-print("smaller epsilon: more tokens clipped, a smaller move, a longer road, the same end")
+print("smaller epsilon: more tokens outside, a smaller move, a longer road, the same end")
 panel.controls["eps"].value = 0.2
 
 # %%
 outside = max(sweep[0.02][0].max(), 1 / sweep[0.02][0].min())
-print(f"epsilon 0.02 allows 2 % either way; the largest move was by a factor above {3}")
+print(f"epsilon 0.02 means 2 % either way; the largest move was by a factor of {outside:.0f}")
 assert outside > 3
 
 # %% [markdown]
 # The clip is no fence. It takes a token's *own* gradient away once its ratio is outside; the other
 # tokens share the weights and carry it further, and Adam's momentum goes on. A small epsilon
-# bounds the move only in part, and it never changes where the moves lead.
+# bounds the move only in part. And it leaves the end alone: where all advantages are 0 there is
+# nothing to clip.
 #
-# **Predict.** Section 3 of notebook 04: the penalty as the book writes it, differentiated, has no
+# **Predict.** Section 5 of notebook 04: the penalty as the book writes it, differentiated, has no
 # gradient on average *on the first epoch*. Ten epochs on each batch: does it slow the drift,
 # compared with no penalty at all, or speed it up?
 
@@ -629,7 +641,7 @@ assert roads[0.0] < roads[0.25] < roads[1.0]
 # On the pocket desk the best policy for a price of KL is a table: $\pi^* \propto
 # \pi_{ref}\, e^{r/\beta}$. PPO never sees it. Every few steps we list all answers of the policy
 # and compute, exactly: the proxy, the gold quality, KL, the pull of the KL term, and the *total
-# variation* to $\pi^*$ (the most by which any probability differs).
+# variation* to $\pi^*$: the most by which the probability of any set of answers differs.
 
 
 # %%
