@@ -127,3 +127,16 @@ def test_a_training_that_fails_says_why():
     panel.job.join(10)
     assert panel._note.value == "0.0455: failed, FloatingPointError: lower reward.lr"
     assert panel.shown["trained"] == {}
+
+
+def test_reset_forgets_what_was_trained_and_goes_back():
+    panel = dial()
+    before = panel.live.data
+    panel.controls["bias"].value = 0.08
+    panel.start()
+    panel.job.join(10)
+    assert panel.shown["trained"] and panel._note.value and panel.live.data != before
+    panel.reset()
+    assert panel.shown["trained"] == {} and panel._note.value == ""
+    assert panel.controls["bias"].value == panel.shown["bias"] == 0.0455
+    assert panel.live.data == before and "Trained here" not in panel.caption.value

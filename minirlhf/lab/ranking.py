@@ -36,7 +36,7 @@ class LengthDial(Panel):
     def __init__(self, labelers: Callable, computed: Mapping, learn: Callable, start: float):
         self._labelers, self._computed, self._learn = labelers, computed, learn
         self._trained: dict[float, Learned] = {}
-        self.job, self._stop = threading.Thread(), threading.Event()
+        self._start, self.job, self._stop = start, threading.Thread(), threading.Event()
         train, cancel = (widgets.Button(description=d) for d in ("train at this value", "cancel"))
         train.on_click(self.start)
         cancel.on_click(self.stop)
@@ -100,6 +100,13 @@ class LengthDial(Panel):
         self._stop.set()
         if self.job.is_alive():
             self.job.join()
+
+    def reset(self) -> None:
+        """Back to how the panel began: nothing under way, nothing trained here, the first dial."""
+        self.stop()
+        self._trained, self._note.value = {}, ""
+        self.controls["bias"].value = self._start
+        self.update()
 
     def _work(self, bias: float, stop: threading.Event) -> None:
         def progress(step: int, total: int, metrics: dict[str, float]) -> None:

@@ -161,10 +161,19 @@ print("measured:")
 print(f"ranked rightly by 3: pull {-right:.2f}; wrongly by 3: {-wrong:.2f}")
 print(f"the wrong one pulls {wrong / right:.0f} times as hard")
 assert np.isclose(wrong / right, np.exp(3), rtol=1e-4)
+share = 0.62  # of many pairs that look alike to the model, this many labels fall one way
+pulls = share * -slope + (1 - share) * slope.flip(0)  # the others pull the other way
+stop = gap[pulls.abs().argmin()].item()
+print(
+    f"{share:.0%} against {1 - share:.0%}: the pulls cancel at a gap of {stop:.1f} nats", end=", "
+)
+print(f"log-odds {np.log(share / (1 - share)):.2f}")
+assert abs(stop - np.log(share / (1 - share))) < 0.06
 
 # %% [markdown]
-# A pair that is ranked well teaches nothing more. The pull fades where the model is as sure as
-# the labels are: it stops at their *log-odds*, bias included.
+# A pair that is ranked well teaches nothing more. Labels that contradict each other pull against
+# each other, and the model comes to rest where it is as sure as they are: at their *log-odds*,
+# bias included.
 #
 # ## 4 Training one, live
 #
@@ -279,8 +288,8 @@ for a, b, rows in zip(x, y, bins, strict=True):
 assert np.abs(x - y).max() < 0.08
 
 # %% [markdown]
-# It is well calibrated: it knows what these labelers *say*. No accuracy and no reliability plot
-# measured on their labels can see a bias that the labels have.
+# It is well calibrated: it knows what these labelers *say*. No overall accuracy and no reliability
+# plot measured on their labels can see a bias that the labels have.
 #
 # **Split it.** The same pairs, apart by who won. The *best possible* ranker knows each labeler's
 # odds.
@@ -399,6 +408,20 @@ for dial, found in computed.items():
     share, lead = found["brief"]
     print(f"{dial:16.4f}   {labelers(dial)['brief']:8.0%}   {share:3.0%}   {lead:+14.1f}")
 assert computed[0.0]["brief"][1] < 0 < computed[0.08]["brief"][1]
+a, b = grades["brief"]
+charge = (a["gold"] - b["gold"]) / (b["length_tokens"] - a["length_tokens"])
+turns = [
+    np.interp(0.5, [by(d) for d in DIALS], DIALS)
+    for by in (lambda d: labelers(d)["brief"], lambda d: computed[d]["brief"][0])
+]
+print(f"gold charges these phrases {charge.min():.3f} to {charge.max():.3f} points a token;")
+print(f"labelers turn at {turns[0]:.3f}, the reward model at {turns[1]:.3f}")
+assert charge.min() < turns[0] < charge.max() and abs(turns[1] - turns[0]) < 0.01
+
+# %% [markdown]
+# The labelers turn where their bias outweighs what gold charges: the padding, and for some
+# phrases a little directness too. The reward model turns where they do. It has no opinion of its
+# own.
 
 # %% [markdown]
 # **Turn the dial.** The curves are the labelers, exact at every value. The rings are the nearest
@@ -435,13 +458,16 @@ dial.start()
 dial.job.join()
 assert dial.shown["trained"][0.0]["brief"][1] < 0
 print("trained here at 0.00: the phrase loses")
+dial.reset()
+assert not dial.shown["trained"] and bias.value == config.length_bias
 
 # %% [markdown]
 # ## 8 Why 52.5 % sure is enough
 #
 # A gap of 0.1 nats is next to nothing: the model is 52.5 % sure. But PPO does not average the
-# model's opinion, it *optimises* it. With a KL penalty of weight β the best policy multiplies the
-# reference's odds by exp(gap / β) (Korbak et al. 2022; derived in notebook 04).
+# model's opinion, it *optimises* it. (PPO is paid in reward sd; here one sd is taken as one nat,
+# and the shipped model's is not far from that.) With a KL penalty of weight β the best policy
+# multiplies the reference's odds by exp(gap / β) (Korbak et al. 2022; derived in notebook 04).
 #
 # **Exercise 4 · 5 minutes.** The reference gives the verbose answer with probability p0. The
 # reward model likes it better by `gap`. What is its share at the optimum?
@@ -481,11 +507,14 @@ Picture(chart_figure(said, {"a slight preference, optimised": (*axes, curves)}))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
-print(f"a gap of 0.1: the model is {100 / (1 + np.exp(-0.1)):.1f} % sure")
+print(f"a gap of 0.1 nats: the model is {100 / (1 + np.exp(-0.1)):.1f} % sure")
 for beta in (0.02, 0.05, 0.2):
     print(f"beta {beta:.2f}: verbose answers go from 2 % to {two_answer(0.02, 0.1, beta):.0%}")
 beta = run.summary["config"]["ppo"]["beta"]
-print(f"the shipped run: gap / beta = {shipped_gaps['brief'][1] / beta:.0f} nats of log-odds")
+print(
+    f"the shipped run: gap / beta = {shipped_gaps['brief'][1] / beta:.0f} nats of log-odds", end=""
+)
+print(f" (1 reward sd is {float(rm.sd):.1f} nats)")
 
 # %% [markdown]
 # Halving gap / β does not halve the drift: shares are logistic in it. A slight preference is a
@@ -515,6 +544,7 @@ doubt = 2 * lead.std() / len(lead) ** 0.5
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
+print(f"labels by people who check the fact: {1 - config.skim:.0%}")
 print(f"labelers prefer the right value in {say:.0%} of such pairs")
 print(f"the reward model gives it {lead.mean():+.2f} reward sd (give or take {doubt:.2f})")
 print(f"one courtesy phrase: {shipped_gaps['brief'][1]:+.1f}")
