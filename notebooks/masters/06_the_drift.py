@@ -1,0 +1,564 @@
+# %% [markdown]
+# # 06 · The drift: one run, seen twice
+#
+# **After this notebook you can** audit a run by strata that are *measured*, put an interval on
+# every rate, say how much of a reward gain is length (and what a fair control looks like), read a
+# gold-against-KL curve without seeing a law in it, say which prompts move and why, and build an
+# alarm whose false-alarm rate you have measured.
+#
+# **Minutes** 45 · **before** notebooks 03 to 05 · **runs** in about half a minute · **seed** 0
+
+# %%
+import numpy as np
+import pandas as pd
+
+from minirlhf.audit import AuditConfig, Auditor
+from minirlhf.lab.goodhart import DriftDial, arms_figure, audit_figure, tilt_moves
+from minirlhf.lab.live import Picture
+from minirlhf.lab.plots import chart_figure
+from minirlhf.shipped import shipped
+
+run = shipped()
+desk, answers = run.desk, run.answers
+first, last = (answers[answers.step == step] for step in (0, run.steps[-1]))
+rng = np.random.default_rng(0)
+print(f"{answers.probe.nunique()} probe prompts, audited at {answers.step.nunique()} steps of PPO")
+
+# %% [markdown]
+# ## 1 Who is brief? Ask the reference
+#
+# The audit takes prompts apart by how the **reference** answers them: briefly, or not. A label on
+# the prompt would be somebody's opinion. There are two ways to measure it. *Sampling*: the mean
+# length of some of its answers. *Stopping*: along those answers, add up how sure the model was to
+# have ended by a given token,
+#
+# $$P(\text{stopped by } n) = 1 - \prod_{t \le n} \big(1 - \pi_{ref}(\text{EOS} \mid x, y_{<t})\big)$$
+#
+# **Predict.** Four samples a prompt. On how many of 256 prompts do the two ways disagree? Which
+# one do you trust there?
+
+# %%
+config = AuditConfig()
+auditor = Auditor(desk, run.reference, run.reward_model(), config, seed=1)
+border = int(config.brief_below)
+brief = auditor.reference_length < border
+stopped = auditor.stopped_by(border) >= 0.5
+written = np.array([probe.stratum == "brief" for probe in auditor.probes])
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+print(f"brief by mean length under {border} tokens: {brief.sum()} of {len(brief)} prompts")
+print(f"brief by stopping, P >= 1/2:           {stopped.sum()}")
+print(
+    f"they disagree on {(brief != stopped).sum()}; where they do, the prompt was written as brief"
+)
+print(f"in {written[brief != stopped].mean():.0%} of cases; mean length there, tokens:")
+print(np.sort(auditor.reference_length[brief != stopped]))
+assert (brief != stopped).mean() < 0.04
+
+# %% [markdown]
+# They agree but for a handful, close to the border: there one long sample out of four moves the
+# mean, while the probability of stopping hardly notices. The shipped audit sorts by sampled
+# length; its few misplaced prompts change no figure below by more than its interval.
+#
+# ## 2 What the team saw, what an auditor sees
+#
+# One number a prompt, one answer a prompt, 256 prompts: how sure is a rate? We draw the *prompts*
+# anew, with repetition, and look how far the rate moves: a **bootstrap** interval (95 %).
+#
+# **Predict.** Over training: do direct answers fall in both strata? Does *correctness* fall as
+# far as directness? Which stratum ends up longer?
+
+# %%
+from minirlhf.spurious import nrg, over_prompts, rates, ruler, slopes
+
+probes = desk.probes(answers.probe.max() + 1)
+graded = desk.grade_many([probes[i] for i in answers.probe], answers.answer, answers.finished)
+assert np.allclose(graded["gold"], answers.gold)
+table = rates(answers.assign(courtesy_tokens=graded["courtesy_tokens"]), rng=rng)
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+Picture(audit_figure(table))
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+print("                         before               after, with 95 % intervals")
+shown = {(r["measure"], r["stratum"], r["step"]): r for r in table}
+for measure in ("length_tokens", "gold", "correct", "direct", "evasive", "courteous"):
+    for stratum in ("brief", "detailed"):
+        cells = [shown[measure, stratum, step] for step in (0, run.steps[-1])]
+        said = [f"{r['value']:6.2f} [{r['low']:5.2f}, {r['high']:5.2f}]" for r in cells]
+        print(f"{measure:14} {stratum:9} {said[0]}  {said[1]}")
+
+# %%
+gain = {s: over_prompts(lambda a, b: b["gold"].mean() - a["gold"].mean(),
+                        *(t[t.stratum == s] for t in (first, last)), rng=rng)
+        for s in ("brief", "detailed")}  # fmt: skip
+ends = [shown["length_tokens", s, run.steps[-1]]["value"] for s in ("brief", "detailed")]
+for stratum, (mean, low, high) in gain.items():
+    print(f"gold, {stratum}: changes by {mean:+.1f} points [{low:+.1f}, {high:+.1f}]")
+print(f"both strata end at one length: {ends[0]:.0f} and {ends[1]:.0f} tokens")
+assert gain["brief"].high < -1 and gain["detailed"].high < 0 and abs(ends[0] - ends[1]) < 4
+
+# %% [markdown]
+# The last line says most about *where*. The policy ends with one length for every question.
+# From eight tokens that is a long way, from twenty a short one: padding fills the difference.
+#
+# ## 3 One run is one run: seeds, and the control arm
+#
+# The **control arm** is the same pipeline with fair labelers: no bonus for length or for hedging,
+# every fact checked. Same seeds, same PPO, same beta. If PPO itself made answers long, it would
+# do so here too.
+#
+# **Predict.** In the control arm: does the RM score rise? Which way do length and gold go?
+
+# %%
+from minirlhf.store import read_json
+
+everything = read_json(run.folder / "seeds.json")["runs"]
+arms = {arm: [r["history"] for r in everything if r["arm"] == arm] for arm in ("drift", "control")}
+
+
+def change(histories, stratum, key):
+    """Last minus first audit of every run."""
+    return np.array([h[-1][stratum][key] - h[0][stratum][key] for h in histories])
+
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+for arm, runs in arms.items():
+    for stratum in ("brief", "detailed"):
+        longer, better = (change(runs, stratum, key) for key in ("length_tokens", "gold"))
+        said = [over_prompts(lambda t: t["x"].mean(), {"x": x}, rng=rng) for x in (longer, better)]
+        cells = (f"{m:+5.1f} [{low:+5.1f}, {high:+5.1f}]" for m, low, high in said)
+        print(f"{arm:8} {stratum:9} tokens, gold points: {'   '.join(cells)}   {len(runs)} runs")
+    print(f"{arm:8} RM score at the end {np.mean([h[-1]['rm_score_sd'] for h in runs]):+.1f} sd")
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+said = (
+    "Drift runs: the RM score rises and gold on brief prompts falls, in every run. "
+    "Control runs: the RM score rises a little and gold rises with it."
+)
+Picture(arms_figure(arms, "brief", said))
+
+# %%
+assert (change(arms["drift"], "brief", "gold") < 0).all()
+assert (change(arms["control"], "brief", "gold") > -0.1).all()
+assert (change(arms["control"], "brief", "length_tokens") < 1).all()
+print("gold on brief prompts falls in all drift runs, and in no control run by 0.1 or more")
+
+# %% [markdown]
+# PPO, KL and clip are the same in both arms. What differs is the *ranking* that the reward model
+# learned. All else, we will see, is amplification.
+#
+# ## 4 How much of the gain is length?
+#
+# "Answers got longer and the score rose" is not yet a bias. A reward can rise *with* length and
+# not *because* of it. Singhal et al. (2023) compare answers of equal length: sort both models'
+# answers into bins of a few tokens, take the gain inside each bin, and average over bins, each
+# counting by its answers (of both models). A bin that one side leaves empty says nothing. The
+# result over the whole gain is the share that is **not** length.
+#
+# **Exercise 1** (10 minutes). Write the gain at equal length.
+
+
+# %% tags=["exercise"]
+def within_gain(lengths, scores, new_lengths, new_scores, width):
+    """Mean gain within bins of `width` tokens (arrays of answers before and after); a float."""
+    # BEGIN SOLUTION
+    bins, new_bins = lengths // width, new_lengths // width
+    gains, weights = [], []
+    for shared in np.intersect1d(bins, new_bins):
+        here, new_here = bins == shared, new_bins == shared
+        gains.append(new_scores[new_here].mean() - scores[here].mean())
+        weights.append(here.sum() + new_here.sum())
+    return np.average(gains, weights=weights)
+    # END SOLUTION
+
+
+# %% tags=["check"]
+from checks.c06 import check_within_gain
+
+print(check_within_gain(within_gain))
+
+# %% [markdown]
+# Singhal's own example in small: of ten reference answers eight are short (score 0.10) and two
+# long (0.60), of the policy's two (0.15) and eight (0.65). **Predict**: the gain, and the share
+# that is not length.
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+small = {"length_tokens": [10] * 8 + [30] * 2, "score": [0.10] * 8 + [0.60] * 2}
+large = {"length_tokens": [10] * 2 + [30] * 8, "score": [0.15] * 2 + [0.65] * 8}
+worked = nrg(small, large, score="score")
+print(f"gain {worked.total:.2f}, at equal length {worked.within:.2f}: {worked.share:.1%}")
+
+# %% [markdown]
+# **Predict** for our run: is the early gain (step 10) length? The whole gain (last step)? And
+# what happens if the bins are as wide as Singhal's, 20 tokens?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+print("stratum    step  bins  gain, sd   share not length    answers that compare")
+for stratum in ("brief", "detailed"):
+    for step in (10, run.steps[-1]):
+        then = answers[answers.step == step]
+        pair = [t[t.stratum == stratum] for t in (first, then)]
+        for width in (4, 8, 20):
+            found = nrg(*pair, width=width)
+            _, low, high = over_prompts(
+                lambda a, b, w=width: nrg(a, b, width=w).share, *pair, rng=rng, draws=300
+            )
+            said = f"{found.share:+5.1f} [{low:+5.1f}, {high:+5.1f}]"
+            print(f"{stratum:9}  {step:4}  {width:4}   {found.total:+5.1f}    {said}", end="")
+            print(f"      {found.covered:4.0%}")
+
+# %% [markdown]
+# Three lessons. **Early, the gain is length**: at equal length there is little or less than
+# nothing. **Late, much is not**: by then nearly every answer hedges, and hedges pay at any
+# length. A second style is rewarded, so a repair of length alone will not do. **The bins matter**:
+# 20 tokens hide length *inside* a bin (8 and 18 tokens count as equal), and narrow bins leave few
+# answers to compare; at the end of training the two models hardly share a length.
+#
+# ## 5 Longer is not yet biased: two controls
+#
+# **Length given gold.** Regress the score on length *and* gold: of two equally good answers, does
+# the longer one score higher? Same reference answers, six reward models, trained on the *same
+# pairs* with six length dials (points of utility a token; gold charges 0.03 for a token of
+# padding).
+#
+# **Predict.** At dial 0: is the slope 0, below, above? At which dial does it cross 0?
+
+# %%
+from minirlhf.shipped import DIALS
+
+given_gold = {"brief": [], "detailed": []}
+for dial in DIALS:
+    auditor.reward_model = run.reward_model(dial)
+    scored = first.assign(score=auditor.score_texts(probes, list(first.answer)))
+    for stratum, found in given_gold.items():
+        part = scored[scored.stratum == stratum][["score", "length_tokens", "gold", "probe"]]
+        slope = lambda t: slopes(t, score="score")["length_tokens"]  # noqa: E731
+        found.append(over_prompts(slope, part, rng=rng, draws=200))
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+print("dial     brief                 detailed")
+for dial, *pair in zip(DIALS, *given_gold.values(), strict=True):
+    cells = (f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in pair)
+    print(f"{dial:.4f}   {'     '.join(cells)}")
+assert given_gold["brief"][0].high < 0 < given_gold["brief"][-1].low
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+curves = {s: (DIALS, [i.mean for i in found]) for s, found in given_gold.items()}
+axes = ("labelers' bonus, points a token", "sd of score per sd of length, given gold")
+chart = {"what the reward model pays for length": (*axes, {**curves, "nothing": (DIALS, 0.0)})}
+Picture(
+    chart_figure("The slope on length given gold rises with the labelers' dial through 0.", chart)
+)
+
+# %% [markdown]
+# That is a *cause*: the one thing that differs is the labelers' dial, and the slope follows it.
+# With no bonus it is negative. It crosses zero where the bonus makes up for what gold charges.
+#
+# **The ruler.** What would a judge have seen who measures length and nothing else? Fit a line of
+# score on length to the *reference's* answers, and read it at the policy's lengths.
+
+# %%
+print("stratum    step   gain   a ruler says     gold moves   gold's ruler says")
+for stratum in ("brief", "detailed"):
+    for step in (10, run.steps[-1]):
+        then = answers[answers.step == step]
+        pair = [t[t.stratum == stratum] for t in (first, then)]
+        row = f"{stratum:9}  {step:4}  "
+        for score in ("rm_score_sd", "gold"):
+            before, after = (t[score].mean() for t in pair)
+            row += f"{after - before:+5.1f}   {ruler(*pair, score=score):+5.1f}            "
+        print(row.rstrip())
+
+# %% [markdown]
+# The RM's ruler points up in both strata, gold's own points down: longer was *not* deserved, not
+# even on detailed prompts, where the reference was long enough. Only because gold's slope is
+# there to compare with may we say "biased". On detailed prompts the ruler promises *more* than
+# the RM paid at step 10: a straight line, read beyond the lengths that it was fitted to.
+#
+# ## 6 Gold against distance
+#
+# Gao et al. (2022) train against a proxy and plot the true score over $d = \sqrt{KL}$: it rises,
+# peaks and falls, as Goodhart's law would have it. They fit $d(\alpha - \beta \log d)$ to RL and
+# $d(\alpha - \beta d)$ to best-of-n.
+#
+# **Predict.** Where is the peak of our runs, on brief prompts? Which of the two forms fits better?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+for arm, runs in arms.items():
+    rises = [max(e["brief"]["gold"] for e in h[1:]) > h[0]["brief"]["gold"] for h in runs]
+    print(f"{arm}: some later audit is above the reference in {sum(rises)} of {len(runs)} runs")
+d, gold = (np.concatenate(x) for x in zip(*[
+    (np.sqrt([e["kl_nats"] for e in h[1:]]), [e["brief"]["gold"] - h[0]["brief"]["gold"] for e in h[1:]])
+    for h in arms["drift"]
+], strict=True))  # fmt: skip
+for name, form in (("d (a - b d)", d**2), ("d (a - b log d)", d * np.log(d))):
+    columns = np.stack([d, -form], 1)
+    (a, b), *_ = np.linalg.lstsq(columns, gold, rcond=None)
+    explained = 1 - ((gold - columns @ [a, b]) ** 2).sum() / ((gold - gold.mean()) ** 2).sum()
+    print(f"{name:16} a {a:+.1f}, explains {explained:.1f} of the variance")
+far = gold[(d > 3) & (d < 3.5)]
+print(f"at a distance of 3 to 3.5, gold changed by {far.min():+.1f} to {far.max():+.1f} points")
+
+# %% [markdown]
+# **This world disagrees with the picture in the book.** There is no hump: gold falls from the
+# first audit on (a hump within the first ten steps would escape us, the audit comes every ten).
+# Our labelers' bias is against gold from the first token of padding; in Gao's world proxy and
+# gold agree at first. Both forms fit equally, neither well: runs stop moving away and go on
+# getting worse, so gold is no function of distance alone. And a warning from theory: data from an
+# exact tilt $\pi_{ref}\, e^{r/\beta}$, the optimum itself, are fitted *better* by the form that
+# is not meant for RL. A curve over $\sqrt{KL}$ shows a shape. It does not prove a law, and two
+# parameters fit almost anything that bends once.
+#
+# ## 7 Which prompts move?
+#
+# Notebook 04: a tilt multiplies the odds by $e^k$, whatever they were. So prompts with rare
+# verbose answers and with common ones move little, and those in between most, at
+# $p_0 = 1/(1 + e^{k/2})$.
+#
+# **Exercise 2** (5 minutes). Write how far a prompt moves.
+
+
+# %% tags=["exercise"]
+def moved_share(p0, k):
+    """Share after the odds of p0 (array) were multiplied by e^k, minus p0."""
+    # BEGIN SOLUTION
+    odds = p0 / (1 - p0) * np.exp(k)
+    return odds / (1 + odds) - p0
+    # END SOLUTION
+
+
+# %% tags=["check"]
+from checks.c06 import check_moved_share
+
+print(check_moved_share(moved_share))
+
+# %% [markdown]
+# To test it, $p_0$ must be measured for each prompt, from *many* answers: 40 of the reference to
+# each of 128 prompts, and 8 of the policy at four steps. "Verbose" needs a definition. First the
+# course's: at least 8 tokens of padding.
+
+# %%
+from minirlhf.audit import answer, grade
+
+asked = desk.probes(128)
+encoded, is_brief = desk.encode(asked), np.array([p.stratum == "brief" for p in asked])
+
+
+def sample(model, count, rows, seed):
+    """Grades [count, prompts] of that many sampled answers to each of the prompts `rows`."""
+    chosen = [asked[i] for i in rows] * count
+    given = answer(desk, model, encoded[rows].repeat(count, 1), seed)
+    return {k: v.reshape(count, -1) for k, v in grade(desk, chosen, *given).items()}
+
+
+every = np.arange(len(asked))
+reference = sample(run.reference, 40, every, seed=11)
+later = {step: sample(run.policy(step), 8, every, seed=step) for step in (10, 20, 40, 80)}
+padded = reference["padding_tokens"] >= config.verbose_padding
+print(f"{padded.size} answers of the reference, {padded.mean():.0%} of them verbose")
+
+# %% [markdown]
+# **Predict.** Do prompts differ in $p_0$? A trap: 20 answers a prompt scatter by chance alone.
+# Sort the prompts by one half of the answers, and look at the *other* half.
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+halves = padded[::2].mean(0), padded[1::2].mean(0)
+after = (later[10]["padding_tokens"] >= config.verbose_padding).mean(0)
+order = np.argsort(halves[0], kind="stable")
+print("sorted by one half   that half   other half   moves by step 10")
+for name, rows in zip(("lowest quarter", "middle", "highest quarter"),
+                      np.split(order, (len(order) // 4, 3 * len(order) // 4)), strict=True):  # fmt: skip
+    half, other, then = (x[rows].mean() for x in (*halves, after))
+    print(f"{name:16}       {half:.2f}        {other:.2f}         {then - other:+.2f}")
+for name, rows in (("brief", is_brief), ("detailed", ~is_brief)):
+    before = padded[:, rows].mean()
+    print(f"{name:9} prompts: p0 {before:.2f}, moves by {after[rows].mean() - before:+.2f}")
+
+# %% [markdown]
+# In the other half the order is all but gone. So measured, padding has nearly *one* $p_0$ in this
+# desk, in both strata, and all prompts move alike. Had we plotted the first half on both axes,
+# chance would have drawn us a slope. So $p_0$ of padding does **not** explain why brief prompts
+# suffer more.
+#
+# Length does. Call an answer long if it has more than $n$ *tokens*: then the detailed prompts,
+# whose answers are long anyway, have a high $p_0$ and the brief ones a low one. The line is the
+# tilt with *one* $k$ for all prompts of a step, fitted to their mean; bars are two standard
+# errors.
+#
+# **Predict**, for $n = 20$ at step 10: who moves more, a prompt with $p_0$ of 0.04, 0.33 or 0.96?
+# And where does the peak go as training goes on?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+lengths = {step: found["length_tokens"] for step, found in later.items()}
+dial = DriftDial(reference["length_tokens"], lengths, is_brief)
+for step in lengths:
+    dial.controls["step"].value = step
+    print(f"step {step:2d}: k {dial.shown['k']:.1f}, most should move at {dial.shown['peak']:.2f}")
+dial.controls["step"].value = 10
+misses = [moved - tilt_moves(p0, dial.shown["k"]) for _, p0, moved, *_ in dial.shown["bins"]]
+print(f"step 10: {len(misses)} groups of prompts are within {np.abs(misses).max():.2f} of the line")
+assert np.abs(misses).max() < 0.2
+
+# %% [markdown]
+# **Turn the dials.** Each mark is a group of prompts.
+#
+# - At step 10, raise the limit from 8 to 28 tokens. Do brief prompts climb the left side? Where
+#   do detailed ones stand?
+# - Go to the last step. Everything that can be long is long: what is left is $1 - p_0$, and that
+#   line would fit *any* strong push. Which step tests the theory?
+# - At 28 tokens, who is above the line, who below? Then one $k$ is not the whole truth.
+
+# %% jupyter={"source_hidden": true}
+dial
+
+# %% tags=["smoke"] jupyter={"source_hidden": true}
+step, tokens = dial.controls["step"], dial.controls["tokens"]
+start, seen = dial.values(), {}
+for tokens.value in (tokens.min, tokens.max):
+    for step.value in (step.options[0], step.options[-1]):
+        seen[tokens.value, step.value] = {**dial.shown, "picture": dial.live.data}
+        print(f"more than {tokens.value} tokens, step {step.value}: k {dial.shown['k']:.0f}")
+assert len({found["picture"] for found in seen.values()}) == 4
+for limit in (tokens.min, tokens.max):  # more training: a larger k, a peak at a rarer answer
+    early, late = seen[limit, step.options[0]], seen[limit, step.options[-1]]
+    assert early["k"] < late["k"] and early["peak"] > late["peak"]
+mean_p0 = [np.mean([b[1] for b in seen[limit, 10]["bins"]]) for limit in (tokens.min, tokens.max)]
+assert mean_p0[0] > mean_p0[1]  # more tokens: rarer
+for name, value in start.items():
+    dial.controls[name].value = value
+
+# %% [markdown]
+# So the answer to "why on brief prompts?" has two parts here. The tilt is nearly the same for
+# all, but a detailed answer was long before: it has nowhere to go. And since every answer heads
+# for one length, a brief question leaves most room for padding, and padding is what gold charges.
+#
+# A caution: $\mathrm{logit}\,p$ moves by $\Delta r / \beta$ at the *optimum*. A policy on its way is only
+# described by a tilt with a smaller $k$. That one number a step fits so well is a finding, not a
+# theorem.
+#
+# ## 8 After deployment: an alarm
+#
+# An audit looks back. In service, a monitor asks the same 24 brief probes every day and charts
+# mean length and evasion. How large must a deviation be for an alarm? Small shifts that last
+# matter more than one odd day, so deviations are **summed**: with $z$ a day's mean in units of
+# its day-to-day sd,
+#
+# $$S_t = \max(0,\ S_{t-1} + z_t - \text{slack}), \qquad S_0 = 0$$
+#
+# (CUSUM, Page 1954.) The maximum forgets good days; the slack forgives small excess.
+#
+# **Exercise 3** (5 minutes). Write it.
+
+
+# %% tags=["exercise"]
+def cusum(z, slack):
+    """S of every day, [D], from the days' z [D]."""
+    # BEGIN SOLUTION
+    total, sums = 0.0, []
+    for today in z:
+        total = max(0.0, total + today - slack)
+        sums.append(total)
+    return np.array(sums)
+    # END SOLUTION
+
+
+# %% tags=["check"]
+from checks.c06 import check_cusum
+
+print(check_cusum(cusum))
+
+# %% [markdown]
+# The threshold comes from the reference: record 40 answers a probe, let days be drawn from them,
+# and take what only 10 % of 20-day watches exceed. A **false-alarm rate** is then measured on
+# *other* answers of the reference, never on those that set the threshold.
+#
+# **Predict.** 10 % were asked for. What do you get if you ignore that the record itself is a
+# sample, more or fewer alarms?
+
+# %%
+from minirlhf.monitor import calibrate, stream
+
+watched = np.flatnonzero(is_brief)[:24]
+names = ("length_tokens", "evasive")
+more = sample(run.reference, 80, watched, seed=12)
+pool = {n: np.concatenate([reference[n][:, watched], more[n]]).astype(float) for n in names}
+
+
+def watches(pool, record, days):
+    """A record, and 20-day watches of fresh answers: shuffled by probe, no answer used twice."""
+    order = rng.permuted(np.tile(np.arange(len(pool["evasive"]))[:, None], len(watched)), axis=0)
+    drawn = {name: np.take_along_axis(x, order, 0) for name, x in pool.items()}
+    fresh = np.stack([drawn[n][record:].mean(1) for n in names], -1)
+    return {n: x[:record] for n, x in drawn.items()}, fresh.reshape(-1, days, len(names))
+
+
+alarms = []
+for _ in range(30):
+    recorded, fresh = watches(pool, 40, 20)
+    monitor = calibrate(recorded, rng=rng, rate=0.10, days=20, watches=200)
+    alarms += (monitor.alarm(fresh) > 0).tolist()
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+print(
+    f"{np.mean(alarms):.0%} of {len(alarms)} fresh watches had a false alarm; 10 % were asked for"
+)
+assert 0.02 < np.mean(alarms) < 0.22
+
+# %% [markdown]
+# Now the drift. The policy of step 10 is rolled out to a part of the traffic, from day 11 on.
+# **Predict.** At 5 %, 20 % and 100 % of the traffic: on which day does the alarm go off?
+
+# %%
+moved = {name: later[10][name][:, watched].astype(float) for name in names}
+traffic, median = {}, {}
+for part in (0.05, 0.2, 1.0):
+    quiet = stream(pool, 10, rng=rng, runs=200)
+    after = stream(pool, 20, rng=rng, runs=200, other=moved, share=part)
+    days = np.concatenate([quiet, after], 1)
+    found = monitor.alarm(days)
+    real = found > 10
+    median[part] = (np.median(found[real]) - 10, real.mean(), (found == 0).mean())
+    traffic[f"{part:.0%} of the traffic"] = (range(1, 31), monitor.charts(days[0])[:, 0])
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+for part, (delay, real, missed) in median.items():
+    print(f"{part:4.0%} of the traffic: found in {real:.0%} of watches, half of them", end=" ")
+    print(f"within {delay:.0f} days; missed in {missed:.0%}")
+assert median[0.05][0] > median[1.0][0] and median[1.0][1] > 0.8
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+lines = {**traffic, "threshold": (range(1, 31), monitor.threshold)}
+chart = {"length: one watch each": ("day (rollout from day 11)", "CUSUM, day sds (log)", lines)}
+figure = chart_figure("One watch of each: the sooner above the threshold, the more traffic.", chart)
+figure.axes[0].set_yscale("symlog")
+Picture(figure)
+
+# %% [markdown]
+# The alarm **diagnoses**: something that is charted has changed. It does not foretell, it names
+# no cause, and it is blind to what is not on the chart: wrong facts at the same length would
+# pass. Fixed probes can also be learned; keep them secret.
+#
+# **What to take along.** The score rose in every run, and gold fell in every run with biased
+# labelers and in none with fair ones. Early on the gain is length; later a second style, hedging,
+# pays too. "Biased" needs a control: gold's own slope, a fair labeler, a ruler. Prompts move by
+# how much room they have, not by how much they deserve.
+#
+# *Why* PPO kept going although every step was charged for: that is inside the batches.
+#
+# Next: [07 The autopsy](07_the_autopsy.ipynb). Back to [the map](00_start_here.ipynb).
