@@ -69,7 +69,7 @@ for stratum in ("brief", "detailed"):
 # %% [markdown]
 # The grey column is what the team watched. The rest is the **audit**: *gold* quality is known
 # exactly here, because the support desk is a small world whose facts we wrote. The same policy
-# gets better on the left and worse on the right, and most of all where a brief answer was enough.
+# gets better on the left and loses gold on the right, most of all where a brief answer was enough.
 
 # %%
 first, last = entries[0], entries[-1]
