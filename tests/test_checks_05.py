@@ -156,7 +156,32 @@ MISTAKES = [
     ),
     ("clipped_surrogate", lambda n, o, a, c: (n - o).exp() * a, "not clipped at all"),
     ("clipped_surrogate", lambda n, o, a, c: -other_ratio(n, o, a, c), "to be maximised"),
-    ("clipped_surrogate", lambda n, o, a, c: other_ratio(n, o, a, c).mean(), "the shape"),
+    (
+        "clipped_surrogate",
+        lambda n, o, a, c: other_ratio(n, o, a, c).mean(),
+        "one number came back",
+    ),
+    ("clipped_surrogate", lambda n, o, a, c: (n - o).exp().clamp(min=1 - c) * a, "only the lower"),
+    (
+        "clipped_surrogate",
+        lambda n, o, a, c: torch.min((n - o).exp() * a, (n - o).clamp(-c, c).exp() * a),
+        "the log-ratio is clipped",
+    ),
+    (
+        "clipped_surrogate",
+        lambda n, o, a, c: other_ratio(n, o, a, c, ratio=n.exp() - o.exp()),
+        "a difference of probabilities",
+    ),
+    (
+        "backward_gae",
+        lambda r, v, m, g, k: loop(r - v, 0 * v, m, 1.0, g * k),
+        "the value after the token is left out",
+    ),
+    (
+        "leave_one_out",
+        lambda r, g: (r.view(-1, g) - r.view(-1, g).sum(1, keepdim=True) / (g - 1)).flatten(),
+        "counted among the group",
+    ),
     ("clipped_surrogate", lambda n, o, a, c: 0.0, "a float came back"),
 ]
 

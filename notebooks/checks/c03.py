@@ -52,6 +52,7 @@ def check_longer_wins(function: Callable[..., Any]) -> str:
             "ties are counted as half: leave pairs of equal length out": 7 / 10,
             "a count, not a share: divide by the pairs of different lengths": longer.sum(),
             "in percent: return a share between 0 and 1": 75.0,
+            "wins over losses: divide by all pairs of different lengths": 3.0,
             "that is the mean difference in length, not how often the longer answer won": (
                 (chosen - rejected).mean()
             ),
@@ -74,6 +75,7 @@ def check_loss_gradient(function: Callable[..., Any]) -> str:
             "the sign is turned round and the mean is forgotten": -right * count,
             "p where 1 - p belongs: a pair that is ranked well must teach little": -p / count,
             "that is the loss of each pair, not its slope": -p.log(),
+            "the slope of p, not of log p: divide by p": -p * (1 - p) / count,
         },
     )
 
@@ -94,6 +96,7 @@ def check_ceiling(function: Callable[..., Any]) -> str:
             "that counts the pairs where the label is the likelier one; noise on the others, and "
             "luck on these, are left out": (p > 0.5).mean(),
             "a sum, not a mean: divide by the number of pairs": best.sum(),
+            "in percent: return a share between 0 and 1": 100 * best.mean(),
         },
     )
 

@@ -23,6 +23,8 @@ def _compare(mine: Callable[[], Any], right: Tensor, mistakes: Mapping[str, Tens
         return "not written yet: the function returns None"
     if not isinstance(found, Tensor):
         return f"a {type(found).__name__} came back; return a tensor"
+    if found.ndim == 0:
+        return f"one number came back; asked is one for every entry, shape {list(right.shape)}"
     if found.shape != right.shape:
         return f"the shape is {list(found.shape)}, expected {list(right.shape)}"
     if not found.isfinite().all():
@@ -69,6 +71,9 @@ def check_backward_gae(student: Callable[..., Any]) -> str:
         "one step only, nothing is carried back": wrong(rewards, values, mask, gamma, 0.0),
         "the loop runs forward in time": forward,
         "the values have the wrong sign": plus,
+        "the value after the token is left out: a TD error needs gamma V_{t+1} too": _unexpecting(
+            rewards, values, mask, gamma * lam
+        ),
         "these are the returns (advantage plus value)": torch.where(
             mask, gae(rewards, values, mask, gamma=gamma, lam=lam) + values, 0.0
         ),
@@ -76,6 +81,12 @@ def check_backward_gae(student: Callable[..., Any]) -> str:
     right = gae(rewards, values, mask, gamma=gamma, lam=lam)
     copies = rewards.clone(), values.clone(), mask.clone()
     return _compare(lambda: student(*copies, gamma, lam), right, mistakes)
+
+
+def _unexpecting(rewards: Tensor, values: Tensor, mask: Tensor, decay: float) -> Tensor:
+    """The backward loop over r - V: GAE that expects nothing after a token."""
+    nothing = torch.zeros_like(rewards)
+    return gae(torch.where(mask, rewards - values, 0.0), nothing, mask, gamma=decay, lam=1.0)
 
 
 def check_whiten_masked(student: Callable[..., Any]) -> str:
@@ -121,6 +132,9 @@ def check_leave_one_out(student: Callable[..., Any]) -> str:
             (r - r.mean(1, keepdim=True)) / (sd + 1e-4)
         ).flatten(),
         "the others are summed, not averaged": (r - (r.sum(1, keepdim=True) - r)).flatten(),
+        "the answer itself is counted among the group - 1 others": (
+            r - r.sum(1, keepdim=True) / 3
+        ).flatten(),
         "divided by group instead of group - 1": (r - (r.sum(1, keepdim=True) - r) / 4).flatten(),
         "the groups are taken apart: neighbours share a prompt": (
             mixed - (mixed.sum(1, keepdim=True) - mixed) / 3
@@ -137,7 +151,7 @@ def check_clipped_surrogate(student: Callable[..., Any]) -> str:
     new, clip = old + ratio.log(), 0.2
     bounded = ratio.clamp(1 - clip, 1 + clip)
     right = torch.minimum(ratio * a, bounded * a)
-    turned = 1 / ratio
+    turned, apart = 1 / ratio, new.exp() - old.exp()
     mistakes = {
         "the ratio is upside down (old over new)": torch.minimum(
             turned * a, turned.clamp(1 - clip, 1 + clip) * a
@@ -146,6 +160,13 @@ def check_clipped_surrogate(student: Callable[..., Any]) -> str:
             ratio.log() * a, ratio.log().clamp(1 - clip, 1 + clip) * a
         ),
         "the book's form: only the upper side is clipped": ratio.clamp(max=1 + clip) * a,
+        "only the lower side is clipped": ratio.clamp(min=1 - clip) * a,
+        "the log-ratio is clipped at +-clip, not the ratio at 1 +- clip": torch.minimum(
+            ratio * a, ratio.log().clamp(-clip, clip).exp() * a
+        ),
+        "a difference of probabilities, not their ratio": torch.minimum(
+            apart * a, apart.clamp(1 - clip, 1 + clip) * a
+        ),
         "the clipped term alone, without the minimum": bounded * a,
         "the maximum instead of the minimum": torch.maximum(ratio * a, bounded * a),
         "not clipped at all": ratio * a,
