@@ -35,6 +35,10 @@ from minirlhf.rollout import Rollout
 
 Answers = tuple[Tensor, Tensor, Tensor]  # prompts, responses, mask
 CLASSES = ("fork", "filler", "answer", "eos")
+LENGTH_WHYS = (
+    "exact: how mean length would move if answers counted by their mean advantage",
+    "approximate: first order, what the policy's gradient does in one step, seen on these answers",
+)
 FORK_NATS = 0.5  # in the shipped batches a fifth of the tokens, nine tenths of all |log-ratio|
 
 
@@ -154,6 +158,29 @@ def leverage(
     rate, _ = _rate(run, rollout, lr, optimiser)
     slope = surrogate_slope(logprobs, rollout, run.config).double()
     return slope * _tangents(run, rollout, rate * gradient)[0]
+
+
+def length_weights(
+    rollout: Rollout, strata: Mapping[str, Tensor], run: PPO | None
+) -> tuple[dict[str, Tensor], str, str]:
+    """{stratum: [B, T]}, which times advantages and summed is a move of its mean length; its unit
+    and a sentence on how exact it is.
+
+    With the `run` as it was before the batch: of one step of its optimiser on the whole batch,
+    without what momentum and value loss add. Without: the covariance of an answer's length with
+    its mean advantage.
+    """
+    found, lengths = {}, rollout.lengths.double()
+    for name, rows in strata.items():
+        rows = rows & (lengths > 0)
+        centred = torch.where(rows, lengths - lengths[rows].mean(), 0.0) / rows.sum().clamp(min=1)
+        if run is None:
+            found[name] = (centred / lengths.clamp(min=1))[:, None] * rollout.mask
+        else:
+            found[name] = leverage(run, rollout, centred)
+    if run is None:
+        return found, "tokens per unit", LENGTH_WHYS[0]
+    return found, "tokens per step", LENGTH_WHYS[1]
 
 
 def _step(run: PPO, rollout: Rollout, lr: float, optimiser: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from minirlhf.autopsy import Convention, split
 from minirlhf.lab import batch_plots
-from minirlhf.lab.batch import FIRST_WHY, BatchPanel, length_weights
+from minirlhf.lab.batch import FIRST_WHY, BatchPanel
 from minirlhf.lab.batch_plots import (
     concentration,
     fork,
@@ -26,7 +26,7 @@ from minirlhf.lab.batch_plots import (
 from minirlhf.model import response_logprobs, response_outputs
 from minirlhf.ppo import PPO
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.push import leverage, twin
+from minirlhf.push import length_weights, leverage, twin
 from minirlhf.rollout import Rollout
 from minirlhf.whatif import what_if, what_if_clip
 
@@ -94,9 +94,10 @@ def test_a_higher_beta_makes_the_kl_part_of_verbose_answers_more_negative():
     panel = make(*run_and_batch(whiten_advantages="none"))  # whitening divides by what beta moves
     seen, start = {}, pixels(panel)
     beta = panel.controls["beta"]
-    for beta.value in (0.0, 0.2, beta.max):
-        seen[beta.value] = panel.shown
-        assert f"Beta {beta.value:.3f}" in panel.live.alt
+    for value in (0.0, 0.2, beta.max):
+        beta.value = value
+        seen[value] = panel.shown
+        assert f"Beta {value:.3f}" in panel.live.alt
     low, mid, high = seen.values()
     verbose = [x["sides"]["verbose"] for x in (low, mid, high)]
     assert verbose[0]["kl"] == 0 > verbose[1]["kl"] > verbose[2]["kl"]

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from minirlhf.advantages import AdvantageParts
 from minirlhf.autopsy import Convention
-from minirlhf.lab.batch_plots import BatchPicture, Sides, part_means, waterfall_said
-from minirlhf.lab.heatmap import heat_map
+from minirlhf.lab.batch_plots import BatchPicture, part_means, waterfall_said
+from minirlhf.lab.heatmap import heat_map, passed_up
 from minirlhf.lab.live import LiveFigure, Panel
 from minirlhf.ppo import PPO, TrainingDiverged
-from minirlhf.push import leverage
+from minirlhf.push import length_weights
 from minirlhf.rollout import Rollout
 from minirlhf.whatif import WhatIf, recomputed, what_if, what_if_clip
 
@@ -37,6 +37,8 @@ LOGGED = "as logged"
 FIRST_WHY = "exact: in the first minibatch every ratio is 1, so the clip cuts nothing"
 RUNNING = "the update is being taken again; until it is there, nothing is cut"
 NONE_YET = "no update with this epsilon yet, so nothing is cut: press the button"
+ABOVE = '<div style="height:248px;overflow:auto">{}{}</div>'  # one height: nothing below jumps
+LINE = '<p style="margin:0;line-height:1.3;font-size:13px"><b>{}</b>: {}.</p>'
 AGAIN, CANCEL = "take the update again", "cancel the update"
 
 
@@ -63,33 +65,6 @@ class Page(LiveFigure):
         with self.lock, self.view.hold_sync():
             super().redraw(alt)
             self.view.value = self.text + self.view.value
-
-
-def length_weights(
-    rollout: Rollout, strata: Mapping[str, Tensor], run: PPO | None
-) -> tuple[dict[str, Tensor], str, str]:
-    """{stratum: [B, T]}, which times advantages and summed is a move of its mean length; its unit
-    and a sentence on how exact it is.
-
-    With the `run` as it was before the batch: of one optimiser step. Without: the covariance of an
-    answer's length with its mean advantage.
-    """
-    found, lengths = {}, rollout.lengths.double()
-    for name, rows in strata.items():
-        rows = rows & (lengths > 0)
-        centred = torch.where(rows, lengths - lengths[rows].mean(), 0.0) / rows.sum().clamp(min=1)
-        if run is None:
-            found[name] = (centred / lengths.clamp(min=1))[:, None] * rollout.mask
-        else:
-            found[name] = leverage(run, rollout, centred)
-    if run is None:
-        why = "exact: how mean length would move if answers counted by their mean advantage"
-        return found, "tokens per unit", why
-    why = (
-        "approximate: the policy's first-order move in one optimiser step on the whole batch, seen "
-        "on its own answers; where length ends, one batch cannot tell"
-    )
-    return found, "tokens per step", why
 
 
 class BatchPanel(Panel):
@@ -124,6 +99,8 @@ class BatchPanel(Panel):
         names = np.full(len(rollout), "all") if strata is None else np.asarray(strata)
         self._strata = {str(s): torch.as_tensor(names == s) for s in np.unique(names)}
         self._lengths, self._unit, self._why = length_weights(rollout, self._strata, run)
+        ends = rollout.ref_eos_logprobs
+        self._stops = None if ends is None else passed_up(rollout)
         self._updates: dict[Dials, Tensor | str] = {}  # slopes [B, T], or why there are none
         self._latest: dict[float, Dials] = {}  # of each epsilon's latest update
         self._stop, self._job = threading.Event(), threading.Thread()
@@ -138,7 +115,8 @@ class BatchPanel(Panel):
         """The dials, two in a row, and epsilon's button with its progress bar."""
         look: Any = {"style": {"description_width": "90px"}, "layout": {"width": "490px"}}
         beta, top = self._convention.price, 6 * self._convention.price or 0.5
-        near = min(self._scores, key=lambda k: self._gap(self._scores[k]))
+        gaps = {k: (x - self._batch.scores).abs().mean() for k, x in self._scores.items()}
+        near = min(gaps, key=lambda k: float(gaps[k]))
         bias = [(k if k == LOGGED else f"{k:g} points a token", k) for k in self._scores]
         eps = [(FIRST, 0.0), *((f"{e:g}", e) for e in EPSILONS)]
         drag: Any = {"min": 0, "max": top, "step": top / 60, "readout_format": ".3f"}
@@ -157,9 +135,6 @@ class BatchPanel(Panel):
             "refit": widgets.Checkbox(False, description="critic refitted", **look),
         }
 
-    def _gap(self, scores: Tensor) -> float:
-        return float((scores - self._batch.scores).abs().mean())
-
     def _page(self, top: float, bias: Any) -> Page:
         """The figure, with limits for the whole range of beta and length bias."""
         price, mask = self._convention.price, self._batch.mask
@@ -168,7 +143,8 @@ class BatchPanel(Panel):
         corners = (*itertools.product(betas, self._scores, refits), (price, bias, False))
         views = [self._what_if(*dials).parts for dials in corners]
         self._limit = float(views[-1].total[mask].abs().quantile(0.95)) or 1.0
-        sides = [self._sides(parts, name) for parts in views for name in self._strata]
+        rows = [self._rows(name) for name in self._strata]
+        sides = [part_means(parts, mask, own) for parts in views for own in rows]
         moves = [x for parts in views for x in self._moves(parts.total).values()]
         names, title = [*self._strata], f"length, {self._unit}"
         self._drawn = BatchPicture(mask.shape[1], self._limit, sides, names, title, moves)
@@ -180,9 +156,8 @@ class BatchPanel(Panel):
         changes |= {"features": self._features} if refit else {}
         return what_if(self._batch, self._convention, scores=self._scores[bias], **changes)
 
-    def _sides(self, parts: AdvantageParts, stratum: str) -> Sides:
-        rows = {side: kind & self._strata[stratum] for side, kind in self._kinds.items()}
-        return part_means(parts, self._batch.mask, rows)
+    def _rows(self, stratum: str) -> dict[str, Tensor]:
+        return {side: kind & self._strata[stratum] for side, kind in self._kinds.items()}
 
     def _moves(self, advantages: Tensor) -> dict[str, float]:
         return {name: float((w * advantages).sum()) for name, w in self._lengths.items()}
@@ -192,23 +167,19 @@ class BatchPanel(Panel):
         try:
             found = self._what_if(beta, bias, refit)
         except ValueError as refusal:
-            self.page.text = f"<p>{html.escape(str(refusal))}</p>"
+            self.page.text = ABOVE.format(f"<p>{html.escape(str(refusal))}</p>", "")
             return str(refusal)
         slope, said = self._clip(Dials(eps, beta, bias, refit))
         tokens = {k: x for k, x in vars(found.parts).items() if x is not None}
         parts = AdvantageParts(**{k: x if slope is None else slope * x for k, x in tokens.items()})
-        self.seen, rows = (
-            parts.total,
-            {k: x & self._strata[stratum] for k, x in self._kinds.items()},
-        )
+        rows, self.seen = self._rows(stratum), parts.total
         chosen = {k: (self.seen[x], self._batch.mask[x]) for k, x in rows.items()}
         share = {k: float((x[mask] > 0).double().mean()) for k, (x, mask) in chosen.items()}
-        sides, moves = self._sides(parts, stratum), self._moves(self.seen)
+        sides, moves = part_means(parts, self._batch.mask, rows), self._moves(self.seen)
         self.shown = {"sides": sides, "positive": share, "length": moves, **found.figures}
         self._drawn.draw(sides, share, moves, chosen)
-        self.page.text = self._map(rows) + _whys(
-            {"beta, length bias": found.why, "epsilon": said, "length": self._why}
-        )
+        whys = {"beta, length bias": found.why, "epsilon": said, "length": self._why}
+        self.page.text = ABOVE.format(self._map(rows), _lines(whys))
         up = ", ".join(f"{k} {x:.0%}" for k, x in share.items())
         length = ", ".join(f"{k} {x:+.2f}" for k, x in moves.items())
         return (
@@ -226,9 +197,10 @@ class BatchPanel(Panel):
                 at[side] = int(own[lengths[own].argsort()[len(own) // 2]])
         if not at:
             return "<p>This stratum has no verbose and no concise answer.</p>"
-        words = [self._words[row] for row in at.values()]
-        chosen = torch.tensor([*at.values()])
+        words, chosen = [self._words[row] for row in at.values()], torch.tensor([*at.values()])
         given: Any = {"unit": "unit of advantages", "limit": self._limit, "titles": [*at]}
+        if self._stops is not None:
+            given["stops"] = self._stops[chosen]
         return heat_map(words, self.seen[chosen], self._batch.mask[chosen], **given)
 
     # ------------------------------------------------------------------ epsilon's update
@@ -313,7 +285,6 @@ class BatchPanel(Panel):
         super().close()
 
 
-def _whys(sentences: Mapping[str, str]) -> str:
+def _lines(whys: Mapping[str, str]) -> str:
     """How exact each what-if is, a line each."""
-    line = '<p style="margin:0;line-height:1.35;font-size:13px"><b>{}</b>: {}.</p>'
-    return "".join(line.format(name, html.escape(why)) for name, why in sentences.items())
+    return "".join(LINE.format(name, html.escape(why)) for name, why in whys.items())

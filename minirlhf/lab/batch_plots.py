@@ -96,7 +96,7 @@ class BatchPicture:
         length: str,
         moves: Sequence[float],
     ):
-        self.figure = blank(10, 2.5)
+        self.figure = blank(10, 2.3)
         axes = self.figure.subplot_mosaic(
             [["verbose", "parts", "share"], ["concise", "parts", "length"]],
             width_ratios=(4, 4, 2.4),
@@ -135,7 +135,7 @@ class BatchPicture:
             self._images[side].set_data(picture if len(picture) else empty)
         for (bars, texts), values, form in (
             (self._shares, share, "{:.0%}"),
-            (self._moves, moves, "{:+.1f}"),
+            (self._moves, moves, "{:+.2f}"),
         ):
             for bar, text, x in zip(bars, texts, values.values(), strict=True):
                 bar.set_width(np.nan_to_num(x))
