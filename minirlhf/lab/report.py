@@ -105,14 +105,7 @@ def report_html(
         ),
         "<h2>Five answers, before and after</h2>",
         *_pairs(answers),
-        "<h2>Seconds</h2>",
-        _table(
-            ("stage", "seconds"),
-            ((STAGES.get(k) or k, _n(v, ".1f")) for k, v in summary["seconds"].items()),
-        ),
-        "<h2>Settings</h2>",
-        "<p>Each is an option of <code>minirlhf drift</code>.</p>",
-        _table(("option", "value", "meaning and unit"), _settings(summary["config"])),
+        *_closing(summary),
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -182,6 +175,15 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any]]
             yield from _flat(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
+
+
+def _closing(summary: Mapping[str, Any]) -> Iterable[str]:
+    """Where the time went, and what was set."""
+    seconds = ((STAGES.get(k) or k, _n(v, ".1f")) for k, v in summary["seconds"].items())
+    yield "<h2>Seconds</h2>"
+    yield _table(("stage", "seconds"), seconds)
+    yield "<h2>Settings</h2><p>Each is an option of <code>minirlhf drift</code>.</p>"
+    yield _table(("option", "value", "meaning and unit"), _settings(summary["config"]))
 
 
 def _labels(*measured: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
