@@ -135,6 +135,7 @@ class DriftDial(Panel):
         for dots, brief in zip(self._dots, (True, False), strict=True):
             dots.set_data(*([row[i] for row in bins if row[0] == brief] for i in (1, 2)))
         said = f"one k for all prompts: {k:.1f}; the tilt moves p0 = {peak:.2f} most"
+        said = said if k < 15 else "all answers are long now: any large k fits"
         self._text.set_text(said)
         most = max(bins, key=lambda row: row[2])
         return f"Step {step}, more than {tokens} tokens: {said}; of the bins, p0 = {most[1]:.2f}."

@@ -38,7 +38,7 @@ def _compare(mine: Callable[[], Any], right: Any, praise: str, mistakes: Mapping
 
 def check_within_gain(student: Callable[..., Any]) -> str:
     """Exercise 1: the reward gain among answers of equal length."""
-    before = np.array([3, 4, 6, 7, 7, 12, 14, 26]), np.array([0.1, 0.3, 0.2, 0.4, 0.6, 0.9, 0.7, 2])
+    before = np.array([3, 4, 6, 7, 7, 12, 14, 26]), np.array([0.1, 0.3, 0.2, 0.4, 0.6, 0.9, 0.7, 5])
     after = np.array([4, 8, 9, 13, 13, 14, 31]), np.array([0.7, 0.5, 0.8, 1.3, 1.9, 1.5, 3.0])
     width = 5
 

@@ -10,7 +10,6 @@
 
 # %%
 import numpy as np
-import pandas as pd
 
 from minirlhf.audit import AuditConfig, Auditor
 from minirlhf.lab.goodhart import DriftDial, arms_figure, audit_figure, tilt_moves
@@ -32,7 +31,8 @@ print(f"{answers.probe.nunique()} probe prompts, audited at {answers.step.nuniqu
 # length of some of its answers. *Stopping*: along those answers, add up how sure the model was to
 # have ended by a given token,
 #
-# $$P(\text{stopped by } n) = 1 - \prod_{t \le n} \big(1 - \pi_{ref}(\text{EOS} \mid x, y_{<t})\big)$$
+# $$P(\text{stopped by } n) = 1 - \prod_{t \le n}
+# \big(1 - \pi_{ref}(\text{EOS} \mid x, y_{<t})\big)$$
 #
 # **Predict.** Four samples a prompt. On how many of 256 prompts do the two ways disagree? Which
 # one do you trust there?
@@ -45,21 +45,24 @@ brief = auditor.reference_length < border
 stopped = auditor.stopped_by(border) >= 0.5
 written = np.array([probe.stratum == "brief" for probe in auditor.probes])
 
-# %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print("measured:")
-print(f"brief by mean length under {border} tokens: {brief.sum()} of {len(brief)} prompts")
-print(f"brief by stopping, P >= 1/2:           {stopped.sum()}")
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
+print("measured:")  # answers sampled here may differ between processors: outputs not compared
+for name, found in (("mean length below", brief), ("P >= 1/2 to stop by", stopped)):
+    same = (found == written).mean()
+    print(f"{name:19} {border} tokens: {found.sum()} brief, {same:.0%} as they were written")
 print(
-    f"they disagree on {(brief != stopped).sum()}; where they do, the prompt was written as brief"
+    f"the two disagree on {(brief != stopped).sum()} of {len(brief)} prompts; mean lengths there:"
 )
-print(f"in {written[brief != stopped].mean():.0%} of cases; mean length there, tokens:")
 print(np.sort(auditor.reference_length[brief != stopped]))
+for name, found in (("length", brief), ("stopping", stopped)):
+    ends = [t[found].length_tokens.mean() for t in (first, last)]
+    print(f"sorted by {name:8} brief answers go from {ends[0]:.1f} to {ends[1]:.1f} tokens")
 assert (brief != stopped).mean() < 0.04
 
 # %% [markdown]
-# They agree but for a handful, close to the border: there one long sample out of four moves the
-# mean, while the probability of stopping hardly notices. The shipped audit sorts by sampled
-# length; its few misplaced prompts change no figure below by more than its interval.
+# They agree but for a handful near the border. Sorted either way, the drift reads the same. With
+# four samples neither is always right: one long answer moves a mean, one odd path a product. The
+# shipped audit sorts by sampled length.
 #
 # ## 2 What the team saw, what an auditor sees
 #
@@ -70,7 +73,7 @@ assert (brief != stopped).mean() < 0.04
 # far as directness? Which stratum ends up longer?
 
 # %%
-from minirlhf.spurious import nrg, over_prompts, rates, ruler, slopes
+from minirlhf.spurious import MEANS, nrg, over_prompts, rates, ruler, slopes
 
 probes = desk.probes(answers.probe.max() + 1)
 graded = desk.grade_many([probes[i] for i in answers.probe], answers.answer, answers.finished)
@@ -85,7 +88,7 @@ Picture(audit_figure(table))
 print("measured:")
 print("                         before               after, with 95 % intervals")
 shown = {(r["measure"], r["stratum"], r["step"]): r for r in table}
-for measure in ("length_tokens", "gold", "correct", "direct", "evasive", "courteous"):
+for measure in (*MEANS, "courteous"):
     for stratum in ("brief", "detailed"):
         cells = [shown[measure, stratum, step] for step in (0, run.steps[-1])]
         said = [f"{r['value']:6.2f} [{r['low']:5.2f}, {r['high']:5.2f}]" for r in cells]
@@ -98,12 +101,16 @@ gain = {s: over_prompts(lambda a, b: b["gold"].mean() - a["gold"].mean(),
 ends = [shown["length_tokens", s, run.steps[-1]]["value"] for s in ("brief", "detailed")]
 for stratum, (mean, low, high) in gain.items():
     print(f"gold, {stratum}: changes by {mean:+.1f} points [{low:+.1f}, {high:+.1f}]")
-print(f"both strata end at one length: {ends[0]:.0f} and {ends[1]:.0f} tokens")
+padding = [last[last.stratum == s].padding_tokens.mean() for s in gain]
+print(f"both strata end at one length: {ends[0]:.0f} and {ends[1]:.0f} tokens,")
+print(f"of which padding is {padding[0]:.0f} and {padding[1]:.0f}")
 assert gain["brief"].high < -1 and gain["detailed"].high < 0 and abs(ends[0] - ends[1]) < 4
 
 # %% [markdown]
-# The last line says most about *where*. The policy ends with one length for every question.
-# From eight tokens that is a long way, from twenty a short one: padding fills the difference.
+# The last lines say most about *where*. The policy ends with one length for every question: a long
+# way from eight tokens, a shorter one from twenty, and padding fills it. And mind what a look at
+# the end alone would miss: on detailed prompts courtesy comes, directness goes, and then both
+# turn back, as hedges take courtesy's place. Correct answers hardly fall there at all.
 #
 # ## 3 One run is one run: seeds, and the control arm
 #
@@ -147,6 +154,7 @@ Picture(arms_figure(arms, "brief", said))
 assert (change(arms["drift"], "brief", "gold") < 0).all()
 assert (change(arms["control"], "brief", "gold") > -0.1).all()
 assert (change(arms["control"], "brief", "length_tokens") < 1).all()
+assert all(h[-1]["rm_score_sd"] > h[0]["rm_score_sd"] for runs in arms.values() for h in runs)
 print("gold on brief prompts falls in all drift runs, and in no control run by 0.1 or more")
 
 # %% [markdown]
@@ -156,10 +164,10 @@ print("gold on brief prompts falls in all drift runs, and in no control run by 0
 # ## 4 How much of the gain is length?
 #
 # "Answers got longer and the score rose" is not yet a bias. A reward can rise *with* length and
-# not *because* of it. Singhal et al. (2023) compare answers of equal length: sort both models'
-# answers into bins of a few tokens, take the gain inside each bin, and average over bins, each
-# counting by its answers (of both models). A bin that one side leaves empty says nothing. The
-# result over the whole gain is the share that is **not** length.
+# not *because* of it. Singhal et al. (2023, arXiv 2310.03716) compare answers of equal length:
+# sort both models' answers into bins of a few tokens, take the gain inside each bin, and average
+# over bins, each counting by its answers (of both models). A bin that one side leaves empty says
+# nothing. The result over the whole gain is the share that is **not** length.
 #
 # **Exercise 1** (10 minutes). Write the gain at equal length.
 
@@ -222,6 +230,20 @@ for stratum in ("brief", "detailed"):
 # 20 tokens hide length *inside* a bin (8 and 18 tokens count as equal), and narrow bins leave few
 # answers to compare; at the end of training the two models hardly share a length.
 #
+# That hedges pay is a guess so far. Test it: regress the score on length, gold *and* hedging, at a
+# step where some answers hedge and some do not.
+
+# %%
+middle = answers[answers.step == 20]
+for stratum in ("brief", "detailed"):
+    part = middle[middle.stratum == stratum][["rm_score_sd", "length_tokens", "gold", "hedged"]]
+    hedge = lambda t: slopes(t, on=("length_tokens", "gold", "hedged"))["hedged"]  # noqa: E731
+    mean, low, high = over_prompts(hedge, part, rng=rng, draws=300)
+    print(f"{stratum:9} sd of score per sd of hedging: {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+
+# %% [markdown]
+# At equal length and gold, a hedging answer scores higher on brief prompts.
+#
 # ## 5 Longer is not yet biased: two controls
 #
 # **Length given gold.** Regress the score on length *and* gold: of two equally good answers, does
@@ -254,7 +276,7 @@ assert given_gold["brief"][0].high < 0 < given_gold["brief"][-1].low
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 curves = {s: (DIALS, [i.mean for i in found]) for s, found in given_gold.items()}
-axes = ("labelers' bonus, points a token", "sd of score per sd of length, given gold")
+axes = ("labelers' bonus, points a token", "slope on length, given gold")
 chart = {"what the reward model pays for length": (*axes, {**curves, "nothing": (DIALS, 0.0)})}
 Picture(
     chart_figure("The slope on length given gold rises with the labelers' dial through 0.", chart)
@@ -262,7 +284,8 @@ Picture(
 
 # %% [markdown]
 # That is a *cause*: the one thing that differs is the labelers' dial, and the slope follows it.
-# With no bonus it is negative. It crosses zero where the bonus makes up for what gold charges.
+# With no bonus it is negative: labelers who skim do not see the facts, but they see padding, and
+# dislike it as gold does. On brief prompts it crosses zero near the 0.03 that gold charges.
 #
 # **The ruler.** What would a judge have seen who measures length and nothing else? Fit a line of
 # score on length to the *reference's* answers, and read it at the policy's lengths.
@@ -287,9 +310,9 @@ for stratum in ("brief", "detailed"):
 #
 # ## 6 Gold against distance
 #
-# Gao et al. (2022) train against a proxy and plot the true score over $d = \sqrt{KL}$: it rises,
-# peaks and falls, as Goodhart's law would have it. They fit $d(\alpha - \beta \log d)$ to RL and
-# $d(\alpha - \beta d)$ to best-of-n.
+# Gao et al. (2022, arXiv 2210.10760) train against a proxy and plot the true score over
+# $d = \sqrt{KL}$: it rises, peaks and falls, as Goodhart's law would have it. They fit
+# $d(\alpha - \beta \log d)$ to RL and $d(\alpha - \beta d)$ to best-of-n.
 #
 # **Predict.** Where is the peak of our runs, on brief prompts? Which of the two forms fits better?
 
@@ -298,10 +321,9 @@ print("measured:")
 for arm, runs in arms.items():
     rises = [max(e["brief"]["gold"] for e in h[1:]) > h[0]["brief"]["gold"] for h in runs]
     print(f"{arm}: some later audit is above the reference in {sum(rises)} of {len(runs)} runs")
-d, gold = (np.concatenate(x) for x in zip(*[
-    (np.sqrt([e["kl_nats"] for e in h[1:]]), [e["brief"]["gold"] - h[0]["brief"]["gold"] for e in h[1:]])
-    for h in arms["drift"]
-], strict=True))  # fmt: skip
+audits = [(h[0], entry) for h in arms["drift"] for entry in h[1:]]
+d = np.sqrt([entry["kl_nats"] for _, entry in audits])
+gold = np.array([entry["brief"]["gold"] - start["brief"]["gold"] for start, entry in audits])
 for name, form in (("d (a - b d)", d**2), ("d (a - b log d)", d * np.log(d))):
     columns = np.stack([d, -form], 1)
     (a, b), *_ = np.linalg.lstsq(columns, gold, rcond=None)
@@ -314,11 +336,28 @@ print(f"at a distance of 3 to 3.5, gold changed by {far.min():+.1f} to {far.max(
 # **This world disagrees with the picture in the book.** There is no hump: gold falls from the
 # first audit on (a hump within the first ten steps would escape us, the audit comes every ten).
 # Our labelers' bias is against gold from the first token of padding; in Gao's world proxy and
-# gold agree at first. Both forms fit equally, neither well: runs stop moving away and go on
-# getting worse, so gold is no function of distance alone. And a warning from theory: data from an
-# exact tilt $\pi_{ref}\, e^{r/\beta}$, the optimum itself, are fitted *better* by the form that
-# is not meant for RL. A curve over $\sqrt{KL}$ shows a shape. It does not prove a law, and two
-# parameters fit almost anything that bends once.
+# gold agree at first. Both forms fit equally, neither well: at one and the same distance runs
+# differ widely, so gold is no function of distance alone.
+#
+# And a warning from theory. Let the proxy $r$ be normal (mean 0, sd 1) and gold $a r - b r^2$ on
+# average. The exact tilt by $e^{\lambda r}$ moves $r$ to mean $\lambda$ at $KL = \lambda^2/2$, so
+# gold changes by $a \lambda - b \lambda^2 = \sqrt{2}\, a\, d - 2 b\, d^2$: the optimum that RL
+# seeks traces exactly the form that was *not* meant for RL.
+
+# %%
+r = np.linspace(-12, 12, 4801)
+normal, (a, b) = np.exp(-(r**2) / 2), (1.0, 0.2)
+normal /= normal.sum()
+for strength in (0.5, 1.0, 2.0, 4.0):
+    tilted = normal * np.exp(strength * r)
+    tilted /= tilted.sum()
+    far = np.sqrt((tilted * np.log(tilted / normal)).sum())
+    gained = (tilted - normal) @ (a * r - b * r**2)
+    assert np.isclose(gained, 2**0.5 * a * far - 2 * b * far**2)
+print("four exact tilts of a normal score lie on d (a - b d)")
+
+# %% [markdown]
+# A curve over $\sqrt{KL}$ shows a shape. It does not prove a law.
 #
 # ## 7 Which prompts move?
 #
@@ -345,10 +384,10 @@ print(check_moved_share(moved_share))
 
 # %% [markdown]
 # To test it, $p_0$ must be measured for each prompt, from *many* answers: 40 of the reference to
-# each of 128 prompts, and 8 of the policy at four steps. "Verbose" needs a definition. First the
+# each of 128 prompts, and 8 of the policy at three steps. "Verbose" needs a definition. First the
 # course's: at least 8 tokens of padding.
 
-# %%
+# %% tags=["nbval-ignore-output"]
 from minirlhf.audit import answer, grade
 
 asked = desk.probes(128)
@@ -364,7 +403,7 @@ def sample(model, count, rows, seed):
 
 every = np.arange(len(asked))
 reference = sample(run.reference, 40, every, seed=11)
-later = {step: sample(run.policy(step), 8, every, seed=step) for step in (10, 20, 40, 80)}
+later = {step: sample(run.policy(step), 8, every, seed=step) for step in (10, 20, 80)}
 padded = reference["padding_tokens"] >= config.verbose_padding
 print(f"{padded.size} answers of the reference, {padded.mean():.0%} of them verbose")
 
@@ -372,14 +411,14 @@ print(f"{padded.size} answers of the reference, {padded.mean():.0%} of them verb
 # **Predict.** Do prompts differ in $p_0$? A trap: 20 answers a prompt scatter by chance alone.
 # Sort the prompts by one half of the answers, and look at the *other* half.
 
-# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
 halves = padded[::2].mean(0), padded[1::2].mean(0)
 after = (later[10]["padding_tokens"] >= config.verbose_padding).mean(0)
 order = np.argsort(halves[0], kind="stable")
 print("sorted by one half   that half   other half   moves by step 10")
-for name, rows in zip(("lowest quarter", "middle", "highest quarter"),
-                      np.split(order, (len(order) // 4, 3 * len(order) // 4)), strict=True):  # fmt: skip
+quarters = np.split(order, (len(order) // 4, 3 * len(order) // 4))
+for name, rows in zip(("lowest quarter", "middle", "highest quarter"), quarters, strict=True):
     half, other, then = (x[rows].mean() for x in (*halves, after))
     print(f"{name:16}       {half:.2f}        {other:.2f}         {then - other:+.2f}")
 for name, rows in (("brief", is_brief), ("detailed", ~is_brief)):
@@ -400,7 +439,7 @@ for name, rows in (("brief", is_brief), ("detailed", ~is_brief)):
 # **Predict**, for $n = 20$ at step 10: who moves more, a prompt with $p_0$ of 0.04, 0.33 or 0.96?
 # And where does the peak go as training goes on?
 
-# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
 lengths = {step: found["length_tokens"] for step, found in later.items()}
 dial = DriftDial(reference["length_tokens"], lengths, is_brief)
@@ -409,7 +448,9 @@ for step in lengths:
     print(f"step {step:2d}: k {dial.shown['k']:.1f}, most should move at {dial.shown['peak']:.2f}")
 dial.controls["step"].value = 10
 misses = [moved - tilt_moves(p0, dial.shown["k"]) for _, p0, moved, *_ in dial.shown["bins"]]
-print(f"step 10: {len(misses)} groups of prompts are within {np.abs(misses).max():.2f} of the line")
+for is_brief_one, p0, moved, error, count in dial.shown["bins"]:
+    print(f"  {'brief' if is_brief_one else 'detailed':9}{count:3} prompts  p0 {p0:.2f}", end="")
+    print(f"  moved {moved:+.2f}, line {tilt_moves(p0, dial.shown['k']):+.2f}, se {error:.2f}")
 assert np.abs(misses).max() < 0.2
 
 # %% [markdown]
@@ -424,13 +465,14 @@ assert np.abs(misses).max() < 0.2
 # %% jupyter={"source_hidden": true}
 dial
 
-# %% tags=["smoke"] jupyter={"source_hidden": true}
+# %% tags=["smoke", "nbval-ignore-output"] jupyter={"source_hidden": true}
 step, tokens = dial.controls["step"], dial.controls["tokens"]
 start, seen = dial.values(), {}
-for tokens.value in (tokens.min, tokens.max):
-    for step.value in (step.options[0], step.options[-1]):
-        seen[tokens.value, step.value] = {**dial.shown, "picture": dial.live.data}
-        print(f"more than {tokens.value} tokens, step {step.value}: k {dial.shown['k']:.0f}")
+for limit in (tokens.min, tokens.max):
+    for at in (step.options[0], step.options[-1]):
+        tokens.value, step.value = limit, at
+        seen[limit, at] = {**dial.shown, "picture": dial.live.data}
+        print(f"more than {limit} tokens, step {at}: k {min(dial.shown['k'], 15):.0f}")
 assert len({found["picture"] for found in seen.values()}) == 4
 for limit in (tokens.min, tokens.max):  # more training: a larger k, a peak at a rarer answer
     early, late = seen[limit, step.options[0]], seen[limit, step.options[-1]]
@@ -445,9 +487,9 @@ for name, value in start.items():
 # all, but a detailed answer was long before: it has nowhere to go. And since every answer heads
 # for one length, a brief question leaves most room for padding, and padding is what gold charges.
 #
-# A caution: $\mathrm{logit}\,p$ moves by $\Delta r / \beta$ at the *optimum*. A policy on its way is only
-# described by a tilt with a smaller $k$. That one number a step fits so well is a finding, not a
-# theorem.
+# A caution: $\mathrm{logit}\,p$ moves by $\Delta r / \beta$ at the *optimum*. A policy on its way
+# is only described by a tilt with a smaller $k$. That one number a step fits this well is a
+# finding, not a theorem.
 #
 # ## 8 After deployment: an alarm
 #
@@ -481,7 +523,7 @@ from checks.c06 import check_cusum
 print(check_cusum(cusum))
 
 # %% [markdown]
-# The threshold comes from the reference: record 40 answers a probe, let days be drawn from them,
+# The threshold comes from the reference: record 20 answers a probe, let days be drawn from them,
 # and take what only 10 % of 20-day watches exceed. A **false-alarm rate** is then measured on
 # *other* answers of the reference, never on those that set the threshold.
 #
@@ -505,18 +547,21 @@ def watches(pool, record, days):
     return {n: x[:record] for n, x in drawn.items()}, fresh.reshape(-1, days, len(names))
 
 
-alarms = []
+alarms, careless = [], []
 for _ in range(30):
-    recorded, fresh = watches(pool, 40, 20)
+    recorded, fresh = watches(pool, 20, 20)
     monitor = calibrate(recorded, rng=rng, rate=0.10, days=20, watches=200)
     alarms += (monitor.alarm(fresh) > 0).tolist()
+    same = monitor.charts(stream(recorded, 20, rng=rng, runs=200)).max((1, 2))  # record = truth
+    careless += (monitor.charts(fresh).max((1, 2)) > np.quantile(same, 0.90)).tolist()
 
-# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
+print(f"10 % were asked for; in {len(alarms)} fresh watches there were false alarms in")
 print(
-    f"{np.mean(alarms):.0%} of {len(alarms)} fresh watches had a false alarm; 10 % were asked for"
+    f"{np.mean(alarms):.0%} with the record drawn anew, {np.mean(careless):.0%} if it is the truth"
 )
-assert 0.02 < np.mean(alarms) < 0.22
+assert 0.02 < np.mean(alarms) < 0.22 and np.mean(careless) > np.mean(alarms)
 
 # %% [markdown]
 # Now the drift. The policy of step 10 is rolled out to a part of the traffic, from day 11 on.
@@ -534,19 +579,19 @@ for part in (0.05, 0.2, 1.0):
     median[part] = (np.median(found[real]) - 10, real.mean(), (found == 0).mean())
     traffic[f"{part:.0%} of the traffic"] = (range(1, 31), monitor.charts(days[0])[:, 0])
 
-# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
 for part, (delay, real, missed) in median.items():
     print(f"{part:4.0%} of the traffic: found in {real:.0%} of watches, half of them", end=" ")
     print(f"within {delay:.0f} days; missed in {missed:.0%}")
 assert median[0.05][0] > median[1.0][0] and median[1.0][1] > 0.8
 
-# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
 lines = {**traffic, "threshold": (range(1, 31), monitor.threshold)}
 chart = {"length: one watch each": ("day (rollout from day 11)", "CUSUM, day sds (log)", lines)}
 figure = chart_figure("One watch of each: the sooner above the threshold, the more traffic.", chart)
-figure.axes[0].set_yscale("symlog")
+figure.axes[0].set(yscale="symlog", ylim=(0, None))
 Picture(figure)
 
 # %% [markdown]
