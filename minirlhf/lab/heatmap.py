@@ -49,18 +49,20 @@ border-bottom:3px solid transparent;border-radius:2px}
 .minirlhf-heat .p::before{content:"+";font-size:.8em;vertical-align:.3em}
 .minirlhf-heat .n::before{content:"\\2212";font-size:.8em;vertical-align:.3em}
 .minirlhf-heat p>bdi:focus{outline:3px solid #111;outline-offset:1px}
-.minirlhf-heat p>bdi:focus::after,.minirlhf-heat p>bdi:hover::after{content:attr(aria-label);
-position:absolute;left:8px;right:8px;bottom:3px;height:22px;background:#fff;color:#111;
-font-weight:bold;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
-.minirlhf-heat p>bdi:hover::after{z-index:1}
+.minirlhf-heat p>[aria-label]:focus::after,.minirlhf-heat p>[aria-label]:hover::after{
+content:attr(aria-label);position:absolute;left:8px;right:8px;bottom:3px;height:22px;background:#fff;color:#111;
+font-weight:bold;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;z-index:1}
+.minirlhf-heat p>[aria-label]:hover::after{z-index:2}
 .minirlhf-heat i{color:#111;font-style:normal;font-weight:bold;padding:0 1px}
 .minirlhf-heat .say{position:absolute;left:8px;bottom:3px;color:#595959}
 .minirlhf-heat.box{max-height:260px;overflow:auto;padding:4px 8px}
+.minirlhf-heat.more{padding:2px 8px}
 .minirlhf-heat table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-.minirlhf-heat table caption{color:#222;text-align:left}
 .minirlhf-heat table tbody tr td,.minirlhf-heat table tr th{background:#fff;color:#222;
 padding:0 8px;border-bottom:1px solid #ccc;text-align:right;font-size:13px}
 .minirlhf-heat table tr th{text-align:left;vertical-align:bottom}
+.minirlhf-heat table thead tr th{position:sticky;top:0}
+.minirlhf-heat table tr .word{padding-left:20px;font-weight:normal}
 @media print{.minirlhf-heat .say{display:none}.minirlhf-heat.box{max-height:none}}
 """
 
@@ -122,7 +124,7 @@ def token_columns(
     with torch.enable_grad():  # a slider's callback may come with its gradients switched off
         slope = surrogate_slope(rollout.logprobs if logprobs is None else logprobs, told, config)
     found = {"log-ratio, nats": rollout.logprobs - rollout.ref_logprobs, "advantage": parts.total}
-    found |= {f"of it {name}": x for name, x in vars(parts).items() if x is not None}
+    found |= {f"{name} part": x for name, x in vars(parts).items() if x is not None}
     return found | {"gradient weight, thousandths": 1000 * slope * parts.total}
 
 
@@ -205,7 +207,10 @@ def heat_map(
     more = ""
     if columns is not None:
         table = token_table(words, columns, mask, titles=titles)
-        more = f"<details><summary>The values as a table</summary>{table}</details>"
+        more = (
+            '<details class="minirlhf-heat more"><summary>The values as a table</summary>'
+            f"{table}</details>"
+        )
     say = '<span class="say">Point at a word, or tab to it, to read its value here.</span>'
     body = f"{legend}{''.join(lines)}{say}"
     return (
@@ -260,7 +265,7 @@ def _legend(name: str, unit: str, limit: float, up: str, down: str, *, stopped: 
         f"<p>▮ the reference would have stopped here (it ends the answer with a probability of "
         f"{HALF} or more); the policy went on.</p>"
     )
-    said = f"<b>{name}, {unit}:</b> {''.join(ends)}; below 0 {down}, above 0 {up}"
+    said = f"<b>{name}, {unit}:</b> {''.join(ends)} &emsp; below 0: {down}; above 0: {up}"
     return f"<p>{said}</p>{bar * stopped}"
 
 
@@ -277,20 +282,19 @@ def token_table(
     """
     flags, at = _shown(words, mask)
     numbers = [_numbers(name, x, flags).tolist() for name, x in columns.items()]
-    heads = (html.escape(visible(name, 80)) for name in ("answer", "t", "token", *columns))
+    heads = [html.escape(visible(name, 80)) for name in ("token", "t", *columns)]
     head, body = "".join(f'<th scope="col">{name}</th>' for name in heads), []
     for row, title in enumerate(_titles(titles, len(words))):
+        said = f"<bdi>{title}</bdi>{_left_out(flags, row, at[row])}"
+        whole = f'<tr><th scope="rowgroup" colspan="{len(heads)}">{said}</th></tr>'
+        body.append(f"<tbody>{whole}")
         for t in at[row]:
             cells = "".join([f"<td>{x[row][t]:+.3f}</td>" for x in numbers])
-            text = f'<th scope="row"><bdi>{_word(words[row][t])[0]}</bdi></th>'
-            body.append(f"<tr><td><bdi>{title}</bdi></td><td>{t}</td>{text}{cells}</tr>")
-    rest = "".join(
-        f"<p>{title}:{said}</p>"
-        for row, title in enumerate(_titles(titles, len(words)))
-        if (said := _left_out(flags, row, at[row]))
-    )
+            word = f'<th scope="row" class="word"><bdi>{_word(words[row][t])[0]}</bdi></th>'
+            body.append(f"<tr>{word}<td>{t}</td>{cells}</tr>")
+        body.append("</tbody>")
     return (
         f'<style>{STYLE}</style><div class="minirlhf-heat box" tabindex="0" role="region" '
-        f'aria-label="Values of every token">{rest}<table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f'aria-label="Values of every token"><table><thead><tr>{head}</tr></thead>'
+        f"{''.join(body)}</table></div>"
     )
