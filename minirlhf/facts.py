@@ -12,22 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minirlhf.advantages import AdvantageParts
-from minirlhf.audit import Auditor, grade, mean_or_nan
+from minirlhf.audit import AuditConfig, Auditor, grade, mean_or_nan
 from minirlhf.autopsy import Convention, interval, split, three_facts
-from minirlhf.desk import Prompt
+from minirlhf.desk import Desk, Prompt
 from minirlhf.rollout import Rollout, concat
 
 
 def kinds(
-    auditor: Auditor, rollout: Rollout, prompts: Sequence[Prompt]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which answers [B] of a batch are verbose (at least `audit.verbose_padding` tokens of
-    padding), and which are concise (correct, without padding)."""
-    grades = grade(auditor.desk, prompts, rollout.responses, rollout.mask)
+    desk: Desk,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    verbose_padding: int = AuditConfig().verbose_padding,
+) -> tuple[Tensor, Tensor]:
+    """Which answers of a batch are verbose (padding of at least so many tokens), and which are
+    concise (correct, without padding): two bool [B]."""
+    grades = grade(desk, prompts, rollout.responses, rollout.mask)
     padding = grades["padding_tokens"]
-    return padding >= auditor.config.verbose_padding, (padding == 0) & grades["correct"]
+    found = (padding >= verbose_padding, (padding == 0) & grades["correct"])
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
 def batch_facts(
@@ -41,7 +46,8 @@ def batch_facts(
     held by the top tenth of all tokens of the batch. A group without answers gives nan.
     """
     here = np.array([prompt.stratum == stratum for prompt in prompts])
-    verbose, concise = (here & kind for kind in kinds(auditor, rollout, prompts))
+    both = kinds(auditor.desk, rollout, prompts, auditor.config.verbose_padding)
+    verbose, concise = (here & kind.numpy() for kind in both)
     assert rollout.advantages is not None
     mask, lengths = rollout.mask, rollout.lengths
     log_ratio = rollout.logprobs - rollout.ref_logprobs
@@ -114,7 +120,7 @@ def pooled_facts(
     parts = AdvantageParts(**{name: torch.cat([s[name] for s in splits]) for name in known})
     assert whole.index is not None
     prompts = [table[i] for i in whole.index.tolist()]
-    verbose, concise = map(torch.from_numpy, kinds(auditor, whole, prompts))
+    verbose, concise = kinds(auditor.desk, whole, prompts, auditor.config.verbose_padding)
     strata = np.array([prompt.stratum for prompt in prompts])
     if not (verbose.any() and concise.any()):
         return {}
