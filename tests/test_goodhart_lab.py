@@ -9,9 +9,8 @@ from PIL import Image
 from minirlhf.lab.goodhart import DriftDial, arms_figure, audit_figure, fitted_tilt, tilt_moves
 from minirlhf.lab.live import Picture
 
-SHARES = np.repeat(
-    [0.02, 0.1, 0.4, 0.9], 40
-)  # of answers with 25 or 30 tokens, half each; others have 5
+# shares of answers with 25 or 30 tokens, half each; the others have 5
+SHARES = np.repeat([0.05, 0.15, 0.42, 0.8], 40)
 
 
 def tilted(p, k):
