@@ -5,59 +5,65 @@ import functools
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from minirlhf.desk import Desk
+from minirlhf.drift import DriftConfig
 from minirlhf.lab import live_run as module
-from minirlhf.lab.live_run import LiveRun, _text, live_run
-from minirlhf.ppo import PPO
-from minirlhf.shipped import shipped
+from minirlhf.lab.live_run import LiveRun, _text
+from minirlhf.model import Transformer, TransformerConfig
+from minirlhf.ppo import PPO, PPOConfig
+from minirlhf.reward import RewardModel
 
-CASE = shipped()
+DESK = Desk.load()
+PROMPTS = DESK.probes(32)
 SOON = 60  # seconds that a thread may take on a busy machine
 
 
-@pytest.fixture(scope="module")
-def made():
-    """The course's live run, small; and the state that it starts from."""
-    panel = live_run(CASE, batch=8)
-    run, start = panel.run, panel.run.state_dict()
-    panel.close()
-    config = replace(run.config, max_new_tokens=16)  # shorter answers, quicker steps
-    return panel, start, config
+@functools.cache
+def untrained(seed):
+    """A model of the desk's words with random weights, those of its scalar head too."""
+    generator = torch.Generator().manual_seed(seed)
+    size = TransformerConfig(len(DESK.vocabulary), DESK.prompt_width + DESK.max_response)
+    model = Transformer(size, generator=generator)
+    with torch.no_grad():
+        model.scalar.weight.copy_(torch.randn(model.scalar.weight.shape, generator=generator))
+    return model
 
 
-def fresh(made):
-    """A run of its own, at the start."""
-    panel, start, config = made
-    score, table = panel.run.reward_model, panel.run.prompts
-    run = PPO(copy.deepcopy(CASE.reference), CASE.reference, score, table, config)
-    run.load_state_dict(start)
-    return run
-
-
-def panel_of(made, scorers=None):
-    panel = made[0]
-    scorers = scorers or panel._scorers
-    return LiveRun(fresh(made), CASE.desk, panel._prompts, scorers, length_bias=0.0455)
+def reward_model(dial):
+    return RewardModel(untrained(round(1e4 * dial) + 1))
 
 
 @pytest.fixture
-def live(made):
-    panel = panel_of(made)
+def live():
+    """A live run on few prompts with short answers, for quick steps, from random weights."""
+    panel = LiveRun(small(), batch=8)
     yield panel
     panel.close()
 
 
-@pytest.fixture
-def by_hand(made):
+def small(scorer=reward_model):
+    config = DriftConfig(ppo=PPOConfig(max_new_tokens=16), critic_batches=1)
+    same = {"desk": DESK, "reference": untrained(0), "config": config}
+    return SimpleNamespace(**same, prompts=lambda: PROMPTS, reward_model=scorer)
+
+
+def fresh(live):
+    """A run without a panel, at the start of the panel's."""
+    config = replace(small().config.ppo, batch=8)
+    policy, table = copy.deepcopy(untrained(0)), DESK.encode(PROMPTS)
+    run = PPO(policy, untrained(0), reward_model(0.0455).score, table, config)
+    run.load_state_dict(live._start)
+    return run
+
+
+def by_hand(live, steps, at=None):
     """Rows and weights of the same run without a panel; {step: config changes} on the way."""
-    return functools.partial(_by_hand, made)
-
-
-def _by_hand(made, steps, at=None):
-    twin, rows = fresh(made), []
+    twin, rows = fresh(live), []
     for step in range(steps):
         if step in (at or {}):
             twin.config = replace(twin.config, **at[step])
@@ -82,7 +88,7 @@ def same(a, b):
 
 
 # ------------------------------------------------------------------ the run
-def test_paused_and_stepped_it_is_the_uninterrupted_run_bit_for_bit(live, by_hand):
+def test_paused_and_stepped_it_is_the_uninterrupted_run_bit_for_bit(live):
     live.start()
     wait(lambda: len(live.history) >= 2)
     live.start()  # is running: nothing happens
@@ -93,19 +99,19 @@ def test_paused_and_stepped_it_is_the_uninterrupted_run_bit_for_bit(live, by_han
     wait(lambda: not live._thread.is_alive())
     assert len(live.history) == done + 1
     live.run_steps(2)
-    expected, weights = by_hand(done + 3)
+    expected, weights = by_hand(live, done + 3)
     assert rows(live) == expected
     assert same(live.run.policy.state_dict(), weights)
     assert [row["step"] for row in live.history] == list(range(1, done + 4))
 
 
-def test_a_dial_acts_from_the_next_step_and_in_no_other_way(live, by_hand):
+def test_a_dial_acts_from_the_next_step_and_in_no_other_way(live):
     live.run_steps(2)
     live.controls["beta"].value = 0.5
     live.controls["clip"].value = 0.05
     assert live.run.beta == 0.07, "not before the next step"
     live.run_steps(2)
-    expected, weights = by_hand(4, at={2: {"beta": 0.5, "clip": 0.05}})
+    expected, weights = by_hand(live, 4, at={2: {"beta": 0.5, "clip": 0.05}})
     assert rows(live) == expected and live.run.beta == 0.5
     assert same(live.run.policy.state_dict(), weights)
     assert [row["beta"] for row in live.history] == [0.07, 0.07, 0.5, 0.5]
@@ -121,7 +127,7 @@ def test_the_length_bias_swaps_what_pays_the_run(live):
     live.run.load_state_dict(before)  # the batch of that step again, scored by hand
     rollout, _ = live.run.rollout()
     given = (rollout.prompts, rollout.responses, rollout.mask)
-    unfair, fair = (CASE.reward_model(dial).score(*given).mean() for dial in (None, 0.0))
+    unfair, fair = (reward_model(dial).score(*given).mean() for dial in (0.0455, 0.0))
     penalty = (~rollout.finished).float().mean()
     assert float(fair - penalty) == pytest.approx(live.history[-1]["rm_score_sd"], abs=1e-5)
     assert abs(float(fair - unfair)) > 0.01, "the two models would tell the same"
@@ -136,7 +142,7 @@ def test_a_dial_turned_while_it_runs(live):
     live._thread.join(SOON)
     betas = [row["beta"] for row in live.history]
     assert betas == sorted(betas) and set(betas) <= {0.07, 0.4} and betas[0] == 0.07
-    assert live._turns == [betas.index(0.4) + 1]
+    assert list(live._lines["kl_nats", ""].get_markevery()) == [betas.index(0.4)]
 
 
 def test_reset_returns_to_the_start(live):
@@ -152,7 +158,7 @@ def test_reset_returns_to_the_start(live):
     assert rows(live) == first
 
 
-def test_an_interrupt_keeps_every_whole_step(live, by_hand):
+def test_an_interrupt_keeps_every_whole_step(live):
     calls, score = [], live.run.reward_model
 
     def impatient(*given):
@@ -166,10 +172,25 @@ def test_an_interrupt_keeps_every_whole_step(live, by_hand):
         live.run_steps(9)
     assert len(live.history) == live.run.steps == 2 and "interrupted" in live.live.alt
     live.run_steps(2)
-    assert rows(live) == by_hand(4)[0]
+    assert rows(live) == by_hand(live, 4)[0]
 
 
-def test_a_run_that_diverges_says_so_and_can_go_on(live, by_hand):
+def test_an_interrupt_in_the_step_of_a_turned_dial_loses_neither(live):
+    def impatient(*given):
+        raise KeyboardInterrupt
+
+    live.run_steps(1)
+    live._scorers[0.0455], score = impatient, live._scorers[0.0455]
+    live.controls["beta"].value = 0.5
+    with pytest.raises(KeyboardInterrupt):
+        live.run_steps(1)
+    live.run.reward_model = live._scorers[0.0455] = score
+    live.run_steps(1)
+    assert rows(live) == by_hand(live, 2, at={1: {"beta": 0.5}})[0]
+    assert live.run.beta == 0.5
+
+
+def test_a_run_that_diverges_says_so_and_can_go_on(live):
     live.run_steps(1)
     lr, live.run.config = live.run.config.lr, replace(live.run.config, lr=1e12)
     before = live.run.state_dict()
@@ -179,7 +200,7 @@ def test_a_run_that_diverges_says_so_and_can_go_on(live, by_hand):
     assert same(live.run.state_dict(), before) and len(live.history) == 1
     live.run.config = replace(live.run.config, lr=lr)
     live.run_steps(1)
-    assert rows(live) == by_hand(2)[0]
+    assert rows(live) == by_hand(live, 2)[0]
 
 
 # ------------------------------------------------------------------ thread and panel
@@ -187,7 +208,7 @@ def test_pause_answers_at_once_while_a_step_is_in_flight(live):
     held, score = threading.Event(), live.run.reward_model
 
     def slow(*given):
-        held.wait(SOON)
+        held.wait(10)
         return score(*given)
 
     live.run.reward_model = slow
@@ -201,10 +222,10 @@ def test_pause_answers_at_once_while_a_step_is_in_flight(live):
     assert len(live.history) == 1 and "Step 1: paused." in live.live.view.value
 
 
-def test_running_the_cell_again_stops_the_old_thread(live, made):
+def test_running_the_cell_again_stops_the_old_thread(live):
     live.start()
     wait(lambda: len(live.history) >= 1)
-    again = panel_of(made)
+    again = LiveRun(small(), batch=8)
     assert not live._thread.is_alive()
     assert again.history == []
     again.close()
@@ -249,17 +270,23 @@ def test_limits_widen_where_the_run_leaves_them(live):
 
 
 def test_texts_are_escaped(live):
-    prompt, *_ = CASE.desk.probes(1)
+    prompt, *_ = DESK.probes(1)
     nasty = replace(prompt, text="<script>alert('x')</script>")
-    shown = _text("<b>diverged</b>", CASE.desk, [(nasty, "<script>x</script> \u202e .", True)])
+    shown = _text("<b>diverged</b>", DESK, [(nasty, "<script>x</script> \u202e .", True)])
     assert "<script" not in shown and "<b>diverged" not in shown
     assert "&lt;b&gt;diverged" in shown
 
 
-def test_a_scorer_of_ones_own(live, made):
-    scorers = {0.0455: live.run.reward_model, 1.0: lambda p, r, m: m.sum(1).float()}
-    own = panel_of(made, scorers)
-    own.controls["length_bias"].value = 1.0
+def test_a_scorer_of_ones_own():
+    class Ruler:
+        def __init__(self, dial):
+            self.dial = dial
+
+        def score(self, prompts, responses, mask):
+            return mask.sum(1) * 1.0 if self.dial == 0.08 else mask.sum(1) * 0.0
+
+    own = LiveRun(small(Ruler), batch=8)
+    own.controls["length_bias"].value = 0.08
     own.run_steps(1)
     row = own.history[0]
     lengths = row["brief"]["length_tokens"], row["detailed"]["length_tokens"]
