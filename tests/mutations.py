@@ -587,6 +587,41 @@ MUTATIONS = [
         "rewards = torch.where(mask, beta * kl, 0.0)",
         "test_oracle.py::test_ppo_ends_where_theory_says",
     ),
+    Mutation(
+        "heat map: words of a batch are not escaped",
+        "lab/heatmap.py",
+        "text = html.escape(visible(word))",
+        "text = visible(word)",
+        "test_heatmap.py::test_texts_of_a_batch_are_data",
+    ),
+    Mutation(
+        "heat map: orange is above 0",
+        "lab/heatmap.py",
+        'sign, level = "n" if value < 0 else "p"',
+        'sign, level = "n" if value > 0 else "p"',
+        "test_heatmap.py::test_every_token_is_there_with_its_value_and_within_reach_of_the_keyboard",
+    ),
+    Mutation(
+        "heat map: marks where the reference did stop and the policy too",
+        "lab/heatmap.py",
+        "rollout.mask & (rollout.responses != eos)",
+        "rollout.mask",
+        "test_heatmap.py::test_stops_that_were_passed_up",
+    ),
+    Mutation(
+        "batch table: answers without a token come first when sorted from the top",
+        "lab/batch_table.py",
+        "np.where(np.isnan(values), np.inf, rank)",
+        "np.where(np.isnan(values), -np.inf, rank)",
+        "test_heatmap.py::test_order_keeps_ties_and_puts_nan_last",
+    ),
+    Mutation(
+        "batch table: mean advantage over the padded width",
+        "lab/batch_table.py",
+        "np.where(length > 0, length, np.nan)",
+        "np.where(length > 0, mask.shape[1], np.nan)",
+        "test_heatmap.py::test_columns_by_hand",
+    ),
 ]
 
 
