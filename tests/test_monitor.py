@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from minirlhf.audit import answer, grade
 from minirlhf.monitor import Monitor, calibrate, stream
+from minirlhf.shipped import shipped
 
 
 def worlds(rng, draws, probes=24, *, longer=0.0, evades=0.1):
@@ -96,3 +98,20 @@ def test_what_cannot_be_calibrated_is_a_sentence():
         calibrate(worlds(rng, 1), rng=rng)
     with pytest.raises(ValueError, match="0 < rate < 1"):
         calibrate(worlds(rng, 9), rng=rng, rate=1.0)
+
+
+def test_the_shipped_drift_is_found_within_two_days():
+    """Twelve brief probes of the shipped desk: the policy of step 10 takes over on day 11."""
+    case = shipped()
+    probes = [p for p in case.desk.probes(24) if p.stratum == "brief"]
+
+    def recorded(model, draws, seed):
+        prompts = case.desk.encode(probes).repeat(draws, 1)
+        grades = grade(case.desk, probes * draws, *answer(case.desk, model, prompts, seed))
+        return {n: grades[n].reshape(draws, -1) for n in ("length_tokens", "evasive")}
+
+    rng, reference = np.random.default_rng(7), recorded(case.reference, 20, 0)
+    monitor = calibrate(reference, rng=rng, rate=0.05, days=20, watches=300)
+    fresh, drifted = recorded(case.reference, 10, 1), recorded(case.policy(10), 10, 2)
+    days = np.stack([np.concatenate([fresh[n], drifted[n]]).mean(1) for n in fresh], -1)
+    assert 11 <= monitor.alarm(days) <= 12
