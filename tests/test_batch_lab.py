@@ -23,12 +23,14 @@ from minirlhf.lab.batch_plots import (
     ratio_figure,
     waterfall_figure,
 )
+from minirlhf.lab.live import Panel
 from minirlhf.model import response_logprobs, response_outputs
 from minirlhf.ppo import PPO
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.push import length_weights, leverage, twin
 from minirlhf.rollout import Rollout
-from minirlhf.whatif import what_if, what_if_clip
+from minirlhf.shipped import shipped
+from minirlhf.whatif import recomputed, rescored, what_if, what_if_clip
 
 WORDS = ["<pad>", "<eos>", "<b>", "yes", "&"]
 
@@ -56,6 +58,7 @@ def make(ours, batch, **options) -> BatchPanel:
         "strata": np.where(np.arange(len(batch)) % 2, "odd", "even"),
         "run": ours,
     }
+    Panel._shown.pop("batch", None)  # else it would close the panel that other tests share
     return BatchPanel(batch, Convention.of(ours.config), **{**given, **options})
 
 
@@ -64,12 +67,21 @@ def ready():
     return run_and_batch()
 
 
+@pytest.fixture(scope="module")
+def shared(ready):
+    return make(*ready)
+
+
 @pytest.fixture
-def panel(ready):
-    shown = make(*ready)
-    yield shown
-    shown.wait()
-    shown.close()
+def panel(shared):
+    """A panel with every dial where it stood, and no update taken."""
+    shared._updates.clear()
+    shared._latest.clear()
+    start = {"beta": 0.2, "bias": 0.1, "eps": 0.0, "stratum": "even", "refit": False}
+    for name, value in start.items():
+        shared.controls[name].value = value
+    yield shared
+    shared.wait()
 
 
 def pixels(panel) -> np.ndarray:
@@ -123,7 +135,7 @@ def test_words_picture_and_reasons_leave_in_one_message(panel, monkeypatch):
     monkeypatch.setattr(view, "send_state", lambda key=None: sent.append(view.value))
     panel.controls["beta"].value = 0.0
     assert len(sent) == 1
-    page = sent[0].split("</style>")[1]
+    page = sent[0]
     assert page.index("minirlhf-heat") < page.index("exact") < page.index("<img ")
 
 
@@ -183,7 +195,7 @@ def test_a_smaller_epsilon_cuts_more_tokens(ready, panel):
     assert panel.progress.value == panel.progress.max == run.config.epochs * 2
 
 
-def test_an_update_is_reused_and_says_so_where_beta_has_moved(panel):
+def test_an_update_is_reused_and_says_so_where_beta_has_moved(ready, panel):
     panel.controls["eps"].value = 0.1
     panel.wait()
     cut, kept = panel.cut_share, dict(panel._updates)
@@ -193,6 +205,12 @@ def test_an_update_is_reused_and_says_so_where_beta_has_moved(panel):
     panel.button.click()
     panel.wait()
     assert len(panel._updates) == 2 and "exact: the real update" in panel.live.view.value
+    run, batch = ready  # the update of the batch as it would have been priced
+    free = replace(panel._convention, beta=0.0)
+    made = {k: recomputed(batch, free)[k] for k in ("advantages", "returns")}
+    parts, config = split(batch, free), replace(run.config, clip=0.1)
+    expected = what_if_clip(replace(batch, **made), parts, config, run=run)
+    assert torch.allclose(panel.seen, expected.advantages, atol=1e-9)
     panel.controls["beta"].value = 0.2  # the first one is still there
     assert "exact: the real update" in panel.live.view.value
 
@@ -249,6 +267,27 @@ def test_a_stratum_without_answers_of_a_kind_is_shown_empty(ready):
     run, batch = ready
     panel = make(run, batch, verbose=torch.zeros(len(batch), dtype=torch.bool))
     assert np.isnan(panel.shown["positive"]["verbose"]) and panel.live.data
+
+
+def test_on_the_shipped_batch_the_dials_do_what_the_case_says():
+    case = shipped()
+    batch, convention = case.rollout(10), Convention.of(case.config.ppo)
+    scores = {d: rescored(batch, case.reward_model(d), convention) for d in (0.0, 0.0455)}
+    table = case.prompts()
+    brief = torch.tensor([table[i].stratum == "brief" for i in batch.index.tolist()])
+    long = batch.lengths > 20
+    words = [[case.desk.vocabulary.words[i] for i in row] for row in batch.responses.tolist()]
+    given = {"verbose": long & brief, "concise": ~long & brief, "words": words, "scores": scores}
+    Panel._shown.pop("batch", None)
+    panel = BatchPanel(batch, convention, **given)
+    start, beta, bias = panel.shown, panel.controls["beta"], panel.controls["bias"]
+    assert bias.value == 0.0455 and start["sides"]["verbose"]["kl"] < -0.05
+    beta.value = beta.max
+    assert panel.shown["sides"]["verbose"]["kl"] < start["sides"]["verbose"]["kl"]
+    assert panel.shown["length"]["all"] < start["length"]["all"]
+    beta.value, bias.value = 0.07, 0.0
+    assert panel.shown["sides"]["verbose"]["reward"] < start["sides"]["verbose"]["reward"] - 0.5
+    assert panel.shown["positive"]["verbose"] < start["positive"]["verbose"] - 0.2
 
 
 # ------------------------------------------------------------------ length

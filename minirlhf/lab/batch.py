@@ -24,7 +24,7 @@ from torch import Tensor
 from minirlhf.advantages import AdvantageParts
 from minirlhf.autopsy import Convention
 from minirlhf.lab.batch_plots import BatchPicture, part_means, waterfall_said
-from minirlhf.lab.heatmap import heat_map, passed_up
+from minirlhf.lab.heatmap import STYLE, heat_map, passed_up
 from minirlhf.lab.live import LiveFigure, Panel
 from minirlhf.ppo import PPO, TrainingDiverged
 from minirlhf.push import length_weights
@@ -105,15 +105,17 @@ class BatchPanel(Panel):
         self._latest: dict[float, Dials] = {}  # of each epsilon's latest update
         self._stop, self._job = threading.Event(), threading.Thread()
         controls = self._controls()
+        between = [self.button, self.progress, widgets.HTML(f"<style>{STYLE}</style>")]
         self.page = self._page(controls["beta"].max, controls["bias"].value)
-        super().__init__("batch", controls, self.page, self.show, [self.button, self.progress])
+        super().__init__("batch", controls, self.page, self.show, between)
         controls["eps"].observe(self.take, "value")
-        self.layout = widgets.Layout(display="flex", flex_flow="row wrap", width="1010px")
+        wide = {"width": "1010px", "max_width": "100%"}
+        self.layout = widgets.Layout(display="flex", flex_flow="row wrap", **wide)
 
     # ------------------------------------------------------------------ what is on screen
     def _controls(self) -> dict[str, Any]:
         """The dials, two in a row, and epsilon's button with its progress bar."""
-        look: Any = {"style": {"description_width": "90px"}, "layout": {"width": "490px"}}
+        look: Any = {"style": {"description_width": "90px"}, "layout": {"width": "49%"}}
         beta, top = self._convention.price, 6 * self._convention.price or 0.5
         gaps = {k: (x - self._batch.scores).abs().mean() for k, x in self._scores.items()}
         near = min(gaps, key=lambda k: float(gaps[k]))
@@ -201,7 +203,8 @@ class BatchPanel(Panel):
         given: Any = {"unit": "unit of advantages", "limit": self._limit, "titles": [*at]}
         if self._stops is not None:
             given["stops"] = self._stops[chosen]
-        return heat_map(words, self.seen[chosen], self._batch.mask[chosen], **given)
+        page = heat_map(words, self.seen[chosen], self._batch.mask[chosen], **given)
+        return page.removeprefix(f"<style>{STYLE}</style>")  # it stands in the panel, once
 
     # ------------------------------------------------------------------ epsilon's update
     @property
