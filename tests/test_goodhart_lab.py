@@ -4,10 +4,12 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minirlhf.lab.goodhart import DriftDial, arms_figure, audit_figure, fitted_tilt, tilt_moves
 from minirlhf.lab.live import Picture
+from minirlhf.oracle import two_answer
 
 # shares of answers with 25 or 30 tokens, half each; the others have 5
 SHARES = np.repeat([0.05, 0.15, 0.42, 0.8], 40)
@@ -82,7 +84,9 @@ def test_fitted_tilt_inverts_the_tilt():
     p0, weights = np.array([0.05, 0.3, 0.8]), np.array([0.2, 0.5, 0.3])
     for k in (-1.0, 0.5, 3.0):
         assert fitted_tilt(p0, weights, weights @ (tilted(p0, k) - p0)) == pytest.approx(k)
-        assert tilt_moves(p0, k) == pytest.approx(tilted(p0, k) - p0)
+        assert tilt_moves(p0, k) == pytest.approx(
+            two_answer(torch.from_numpy(p0), k, 1.0).numpy() - p0
+        )
 
 
 def test_figures_show_every_rate_and_every_run():

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from ipywidgets import SelectionSlider
 from matplotlib.figure import Figure
 
 from minirlhf.lab.live import LiveFigure, Panel, looks, slider
 from minirlhf.lab.plots import BLUE, GREY, INK, STRATUM, VERMILLION, blank, tidy
-from minirlhf.oracle import largest_drift, two_answer
+from minirlhf.oracle import largest_drift
 
 EDGES = np.array([0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9])
 FEWEST = 4  # prompts in a bin that is drawn
@@ -70,8 +69,9 @@ def arms_figure(
 
 
 def tilt_moves(p0: Any, k: float) -> np.ndarray:
-    """How far the two-answer tilt moves shares: odds times e^k, minus p0."""
-    return two_answer(torch.as_tensor(p0), k, 1.0).numpy() - np.asarray(p0)
+    """oracle.two_answer(p0, k, 1) - p0, of arrays and quick: odds times e^k, minus p0."""
+    p0 = np.asarray(p0)
+    return 1 / (1 + (1 - p0) / p0 * np.exp(-k)) - p0
 
 
 def fitted_tilt(p0: np.ndarray, weights: np.ndarray, moved: float) -> float:

@@ -453,6 +453,22 @@ for is_brief_one, p0, moved, error, count in dial.shown["bins"]:
     print(f"  moved {moved:+.2f}, line {tilt_moves(p0, dial.shown['k']):+.2f}, se {error:.2f}")
 assert np.abs(misses).max() < 0.2
 
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
+print("measured:")
+curves = {}
+for step in (10, 80):
+    dial.controls["step"].value = step
+    p0, moves = np.array(sorted(row[1:3] for row in dial.shown["bins"])).T
+    curves[f"step {step}, measured"] = (p0, moves)
+    curves[f"step {step}, tilt of one k"] = (p0, tilt_moves(p0, dial.shown["k"]))
+dial.controls["step"].value = 10
+chart = {"more than 20 tokens": ("share before, p0", "share after minus before", curves)}
+Picture(
+    chart_figure(
+        "At step 10 most is moved in between; at step 80 what was rarest moves most.", chart
+    )
+)
+
 # %% [markdown]
 # **Turn the dials.** Each mark is a group of prompts.
 #
