@@ -141,6 +141,7 @@ WORLDS = [
     )
     if scale not in ("both", "grouped") or penalty[0] == "reward"  # else it looks like batch
 ]
+NAMES = sorted({cause for world in WORLDS for cause in world.causes})
 
 
 class Line(NamedTuple):
@@ -288,6 +289,17 @@ class Verdict:
     others: dict[str, list[Line]]
     """pathway on its own -> what speaks against it"""
 
+    def table(self) -> str:
+        """All of it as text: a line a symptom, then the other pathways, then the verdict."""
+        rows = [("", "symptom", "measured", "expected")]
+        rows += [("fits" if x.fits else "NO", x[0], f"{x[1]:.3g}", x[2]) for x in self.lines]
+        out = [f"{a:<5}{b:<49} {c:>8}  {d}" for a, b, c, d in rows]
+        out += ["", "What speaks against the pathways, each on its own:"] if self.others else []
+        for name, (x, *more) in sorted(self.others.items()):
+            rest = f"; {len(more)} more" if more else ""
+            out.append(f"  {name}: {x[0]} is {x[1]:.3g}, not {x[2]}{rest}")
+        return "\n".join([*out, "", f"Verdict: {self.said}."])
+
 
 def verdict(traces: Traces) -> Verdict:
     """Which pathways fit the nine runs of RUNS."""
@@ -299,8 +311,9 @@ def verdict(traces: Traces) -> Verdict:
     wrong = {world: [line for line in lines if not line.fits] for world, lines in found.items()}
     fitting = {world.causes for world in WORLDS if not wrong[world]}
     best = min(WORLDS, key=lambda world: (len(wrong[world]), len(world.causes)))
-    alone = {c: w for w in reversed(WORLDS) for c in w.causes if len(w.causes) == 1}
-    others = {c: wrong[w] for c, w in alone.items() if wrong[w]}
+    alone = {c: [w for w in WORLDS if w.causes == {c}] for c in NAMES}
+    nearest = {c: min((wrong[w] for w in worlds), key=len) for c, worlds in alone.items()}
+    others = {c: lines for c, lines in nearest.items() if lines}
     if len(fitting) == 1:
         (causes,) = fitting
         said = " and ".join(sorted(causes))

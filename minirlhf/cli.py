@@ -1,4 +1,4 @@
-"""The command line: `minirlhf drift | seeds | data | check`.
+"""The command line: `minirlhf drift | seeds | data | check | battery`.
 
 Options are the fields of the config dataclasses (`minirlhf drift --help` lists them with their
 units). What goes wrong is one sentence on stderr and a non-zero exit status; what was computed
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seeds": (SeedsRun, seeds),
         "data": (DataRun, data),
         "check": (CheckRun, check),
+        "battery": (_battery_run(), battery),
     }
     for stream in (sys.stdout, sys.stderr):  # a Windows pipe has no "│" and no "≥"
         if isinstance(stream, io.TextIOWrapper):
@@ -76,6 +77,25 @@ def _drift_run() -> type:
         """CPU cores to compute on; the results are equal to the last bit on any number of them"""
 
     return DriftRun
+
+
+def _battery_run() -> type:
+    """The options of `minirlhf battery`."""
+    from minirlhf.ppo_config import PPOConfig
+
+    @dataclass(frozen=True)
+    class BatteryRun:
+        """Nine short runs that tell why PPO with these settings drifts, on a two-answer desk."""
+
+        ppo: PPOConfig = field(default_factory=PPOConfig)
+        gap: float = 0.3
+        """what the reward model pays more for the verbose answer, reward sd"""
+        refresh: int | None = None
+        """steps after which the reference becomes the policy; none = it stays"""
+        seed: int = 0
+        """seed of the runs"""
+
+    return BatteryRun
 
 
 class UsageError(Exception):
@@ -331,6 +351,34 @@ def check(options: CheckRun) -> int:
     rows = doctor.check(out=options.out, device=options.device)
     print(doctor.render(rows))
     return doctor.exit_code(rows)
+
+
+def battery(options: Any) -> int:
+    """Diagnose the settings, and print the evidence line by line."""
+    from minirlhf import cores
+    from minirlhf.battery import battery as judge
+    from minirlhf.two_answers import TwoAnswerDesk
+
+    cores.use(1)  # eight prompts: more cores only wait for one another
+    given = {"refresh": options.refresh, "seed": options.seed}
+    desk = TwoAnswerDesk(options.ppo, options.gap, **given)
+    print(
+        "Nine short runs of PPO with these settings on a desk of eight prompts with two one-word\n"
+        "answers, V and C. The settings are diagnosed there; no run on the support desk is read.\n"
+        "Discount, aggregation, EOS and --ppo.batch play no part with answers of one word."
+    )
+    bar = tqdm(total=9, ncols=88)
+
+    def report(run: str, done: int, total: int) -> None:
+        bar.set_description(f"{run:<12}")
+        bar.update(done - bar.n)
+
+    try:
+        found, _ = judge(desk, report)
+    finally:
+        bar.close()
+    print(found.table())
+    return 0
 
 
 if __name__ == "__main__":

@@ -125,6 +125,10 @@ class TwoAnswerDesk:
             raise ValueError(
                 "ppo.beta is 0; the battery scales the price of KL: give a positive one"
             )
+        if not math.isfinite(gap):
+            raise ValueError(f"gap is {gap}; it must be finite, reward sd")
+        if refresh is not None and refresh < 1:
+            raise ValueError(f"refresh is {refresh}; it must be at least 1 step, or none")
         size = 256 - 256 % math.lcm(config.minibatches, config.group)
         small: dict[str, Any] = {"batch": size, "max_new_tokens": 1, "missing_eos": "none"}
         self.config, self.gap, self.refresh = replace(config, lr=0.01, **small), gap, refresh
