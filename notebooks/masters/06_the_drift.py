@@ -276,7 +276,7 @@ assert given_gold["brief"][0].high < 0 < given_gold["brief"][-1].low
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 curves = {s: (DIALS, [i.mean for i in found]) for s, found in given_gold.items()}
-axes = ("labelers' bonus, points a token", "slope on length, given gold")
+axes = ("labelers' bonus, points a token", "slope given gold")
 chart = {"what the reward model pays for length": (*axes, {**curves, "nothing": (DIALS, 0.0)})}
 Picture(
     chart_figure("The slope on length given gold rises with the labelers' dial through 0.", chart)
