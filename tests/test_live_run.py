@@ -208,7 +208,7 @@ def test_pause_answers_at_once_while_a_step_is_in_flight(live):
     held, score = threading.Event(), live.run.reward_model
 
     def slow(*given):
-        held.wait(10)
+        held.wait(5)
         return score(*given)
 
     live.run.reward_model = slow
@@ -267,6 +267,8 @@ def test_limits_widen_where_the_run_leaves_them(live):
     ax = live._lines["kl_nats", ""].axes
     assert ax.get_xlim() == (0, 80) and ax.get_ylim()[1] >= 150
     assert live._lines["gold", "brief"].axes.get_xlim() == (0, 80), "all plots share the steps"
+    live.reset()
+    assert ax.get_xlim() == (0, 40)
 
 
 def test_texts_are_escaped(live):

@@ -37,6 +37,7 @@ from minirlhf.shipped import DIALS
 
 WIDTH = 960
 ACTS = ("Start", "Pause", "Step", "Reset")  # a button each, and a method
+STEPS = 40  # on the axis at first
 EVERY = 0.1  # seconds between two pictures, at least
 PLOTS = {  # key -> title, unit, direction, limits that widen where a run leaves them
     "rm_score_sd": ("RM score", "reward sd", "↑ better", (-1.0, 5.0)),
@@ -106,6 +107,9 @@ class LiveRun(Panel):
         self.run.load_state_dict(self._start)
         self.history.clear()
         self._says = "ready"
+        for line in self._lines.values():
+            line.axes.set_xlim(0, STEPS)
+        self._page.lay_out()
         for name, value in self._first.items():
             self.controls[name].value = value
         self._refresh()
@@ -226,14 +230,14 @@ def _draw(figure: Any) -> tuple[dict[tuple[str, str], Any], Any]:
     """Empty plots; their lines by key and stratum, and a text for the dials."""
     lines, axes = {}, figure.subplots(1, len(PLOTS))
     for ax, (key, (title, unit, better, limits)) in zip(axes, PLOTS.items(), strict=True):
-        tidy(ax, title, "PPO step", unit, better).set(xlim=(0, 40), ylim=limits)
+        tidy(ax, title, "PPO step", unit, better).set(xlim=(0, STEPS), ylim=limits)
         split = STRATUM if key in ("gold", "length_tokens") else {"": {"color": INK, "ls": "-"}}
         for name, style in split.items():
             look = {"color": style["color"], "ls": style["ls"], "label": name, "markevery": []}
             lines[key, name] = ax.plot([], [], lw=2, marker="D", ms=6, **look)[0]
-    where = {"loc": "upper left", "bbox_to_anchor": (0.27, 1.02), "borderaxespad": 0}
+    where = {"loc": "upper left", "bbox_to_anchor": (0.29, 1.02), "borderaxespad": 0}
     figure.legend(handles=axes[-1].lines, ncols=2, fontsize=11, frameon=False, **where)
-    look = {"transform": figure.transFigure, "va": "top", "fontsize": 11}
+    look = {"transform": figure.transFigure, "va": "top", "fontsize": 11, "in_layout": False}
     axes[0].text(0.005, 0.99, "batch means; ◆ a dial was turned", color=GREY, **look)
     return lines, axes[0].text(0.995, 0.99, "", color=INK, ha="right", **look)
 
