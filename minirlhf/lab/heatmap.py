@@ -67,6 +67,10 @@ padding:0 8px;border-bottom:1px solid #ccc;text-align:right;font-size:13px}
 """
 
 
+SAY = '<span class="say">Point at a word, or tab to it, to read its value here.</span>'
+CLOSED = '<details class="minirlhf-heat more"><summary>The values as a table</summary>{}</details>'
+
+
 def shade(sign: str, level: int) -> str:
     """Background of a word: `sign` "p" or "n", level 0 (white) to LEVELS (full colour)."""
     mixed = (round(255 + (end - 255) * level / LEVELS) for end in ENDS[sign])
@@ -204,18 +208,12 @@ def heat_map(
         rest = _left_out(flags, row, at[row])
         lines.append(f"<p><b><bdi>{title}</bdi>:</b> {spans}{rest}</p>")
     legend = _legend(what, per, limit, up, down, stopped=bool((p[flags] >= HALF).any()))
-    more = ""
-    if columns is not None:
-        table = token_table(words, columns, mask, titles=titles)
-        more = (
-            '<details class="minirlhf-heat more"><summary>The values as a table</summary>'
-            f"{table}</details>"
-        )
-    say = '<span class="say">Point at a word, or tab to it, to read its value here.</span>'
-    body = f"{legend}{''.join(lines)}{say}"
+    more = (
+        "" if columns is None else CLOSED.format(token_table(words, columns, mask, titles=titles))
+    )
     return (
         f'<style>{STYLE}</style><div class="minirlhf-heat" role="group" '
-        f'aria-label="Heat map of tokens: {what}, {per}">{body}</div>{more}'
+        f'aria-label="Heat map of tokens: {what}, {per}">{legend}{"".join(lines)}{SAY}</div>{more}'
     )
 
 
