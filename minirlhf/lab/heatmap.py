@@ -192,9 +192,8 @@ def heat_map(
     `words` one row an answer, a word for every token; `values` and `mask` [B, T]; full colour at
     +-`limit`, in `unit`; `titles` one an answer; `stops` [B, T] as `passed_up` gives it marks
     where the reference would have stopped; `up` and `down` say what the signs mean. `columns`
-    (`token_columns`) adds a closed table; a panel whose map follows a slider shows `token_table`
-    beside it instead, since every new map comes closed. Raises ValueError, in one sentence, for
-    NaN, for shapes that do not fit and for more than ANSWERS answers.
+    (`token_columns`) adds a table, closed at every redraw. Raises ValueError, in one sentence,
+    for NaN, for shapes that do not fit and for more than ANSWERS answers.
     """
     flags, at = _shown(words, mask)
     x = _numbers(name, values, flags)
@@ -205,8 +204,7 @@ def heat_map(
     lines = []
     for row, title in enumerate(_titles(titles, len(words))):
         spans = _spans(words[row], x[row].tolist(), p[row].tolist(), at[row], limit, what, per)
-        rest = _left_out(flags, row, at[row])
-        lines.append(f"<p><b><bdi>{title}</bdi>:</b> {spans}{rest}</p>")
+        lines.append(f"<p><b><bdi>{title}</bdi>:</b> {spans}{_left_out(flags, row, at[row])}</p>")
     legend = _legend(what, per, limit, up, down, stopped=bool((p[flags] >= HALF).any()))
     more = (
         "" if columns is None else CLOSED.format(token_table(words, columns, mask, titles=titles))
