@@ -313,7 +313,6 @@ def verdict(traces: Traces) -> Verdict:
     best = min(WORLDS, key=lambda world: (len(wrong[world]), len(world.causes)))
     alone = {c: [w for w in WORLDS if w.causes == {c}] for c in NAMES}
     nearest = {c: min((wrong[w] for w in worlds), key=len) for c, worlds in alone.items()}
-    others = {c: lines for c, lines in nearest.items() if lines}
     if len(fitting) == 1:
         (causes,) = fitting
         said = " and ".join(sorted(causes))
@@ -324,6 +323,7 @@ def verdict(traces: Traces) -> Verdict:
         said, causes = f"cannot tell these apart: {each}", None
     else:
         said, causes = "cannot tell: no cause on the list fits all the evidence", None
+    others = {c: lines for c, lines in nearest.items() if lines and c not in (causes or ())}
     return Verdict(causes, said, found[best], others)
 
 

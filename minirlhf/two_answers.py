@@ -115,7 +115,7 @@ class TwoAnswerDesk:
         *,
         p0: Any = P0,
         refresh: int | None = None,
-        steps: int = 36,
+        steps: int = 30,
         seed: int = 0,
     ):
         """gap: what V earns more than C, reward sd; p0 [8]: how often the reference says V;
@@ -144,7 +144,7 @@ class TwoAnswerDesk:
         c, kind = self.config, ExactCritic if changes.exact_critic else PPO
         c = replace(c, beta=c.beta * changes.beta)
         if changes.many_epochs:
-            c = replace(c, epochs=2 * c.epochs + 2)
+            c = replace(c, epochs=c.epochs + 3)
         if changes.other_clip:
             c = replace(c, clip_style="book" if c.clip_style == "schulman" else "schulman")
         score, first = self.score(self.gap * changes.gap), self.reference
