@@ -94,7 +94,8 @@ for measure in (*MEANS, "courteous"):
         said = [f"{r['value']:6.2f} [{r['low']:5.2f}, {r['high']:5.2f}]" for r in cells]
         print(f"{measure:14} {stratum:9} {said[0]}  {said[1]}")
 
-# %%
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 gain = {s: over_prompts(lambda a, b: b["gold"].mean() - a["gold"].mean(),
                         *(t[t.stratum == s] for t in (first, last)), rng=rng)
         for s in ("brief", "detailed")}  # fmt: skip
@@ -110,7 +111,7 @@ assert gain["brief"].high < -1 and gain["detailed"].high < 0 and abs(ends[0] - e
 # The last lines say most about *where*. The policy ends with one length for every question: a long
 # way from eight tokens, a shorter one from twenty, and padding fills it. And mind what a look at
 # the end alone would miss: on detailed prompts courtesy comes, directness goes, and then both
-# turn back, as hedges take courtesy's place. Correct answers hardly fall there at all.
+# turn back, as hedges take courtesy's place. Correct answers fall only a little there.
 #
 # ## 3 One run is one run: seeds, and the control arm
 #
