@@ -797,6 +797,48 @@ MUTATIONS = [
         "centred[:, None]",
         "test_batch_lab.py::test_without_a_run_length_moves_by_a_covariance",
     ),
+    Mutation(
+        "the battery prices the push that it calls free",
+        "two_answers.py",
+        "price_and_credit(rollout, run.config, beta)",
+        "price_and_credit(rollout, run.config, kept)",
+        "test_battery.py::test_the_push_is_gap_less_the_price_of_the_log_odds_moved",
+    ),
+    Mutation(
+        "the battery's whitened scores are multiplied by their sd",
+        "battery.py",
+        "gap = gap / float(t.score_sd[-1])",
+        "gap = gap * float(t.score_sd[-1])",
+        "test_battery.py::test_ends_are_those_of_the_closed_forms",
+    ),
+    Mutation(
+        "the battery takes no KL term for the book's",
+        "battery.py",
+        'e = float(world.place == "book_literal")',
+        'e = float(world.place == "none")',
+        "test_battery.py::test_what_was_planted_is_named_and_nothing_else[book-literal]",
+    ),
+    Mutation(
+        "the battery takes a reference that stays for one that moves",
+        "battery.py",
+        "(0.0, 0.5) if world.moving else (1.0, 0.05)",
+        "(1.0, 0.05) if world.moving else (0.0, 0.5)",
+        "test_battery.py::test_what_was_planted_is_named_and_nothing_else[moving reference]",
+    ),
+    Mutation(
+        "the battery names the nearest cause where none fits",
+        "battery.py",
+        'said, causes = "cannot tell: no cause on the list fits all the evidence", None',
+        'said, causes = "cannot tell", best.causes',
+        "test_battery.py::test_it_cannot_tell_what_is_not_on_the_list",
+    ),
+    Mutation(
+        "what the battery could not measure speaks for every cause",
+        "battery.py",
+        "abs(measured - expected) <= within)",
+        "not abs(measured - expected) > within)",
+        "test_battery.py::test_what_was_not_measured_speaks_against",
+    ),
 ]
 
 

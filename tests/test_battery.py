@@ -22,6 +22,7 @@ from minirlhf.battery import (
     battery,
     ends,
     lift,
+    line,
     verdict,
 )
 from minirlhf.model import Transformer, response_outputs
@@ -184,6 +185,11 @@ def test_bad_subjects_are_refused_in_one_sentence():
             TwoAnswerDesk(PPOConfig(), gap, **options)
     with pytest.raises(ValueError, match="beta"):
         TwoAnswerDesk(PPOConfig(beta=0.0), 0.3)
+
+
+def test_what_was_not_measured_speaks_against():
+    assert line("x", 1.04, 1, 0.05).fits and not line("x", 1.06, 1, 0.05).fits
+    assert not line("x", math.nan, 1, 0.05).fits
 
 
 @pytest.mark.slow
