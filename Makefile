@@ -5,6 +5,7 @@ CONSTRAINTS ?= constraints.txt
 VENV_FLAGS  ?=
 LAB_FLAGS   ?=
 PYTEST_FLAGS ?=
+JOBS        ?= 2
 FIRST       ?= notebooks/00_start_here.ipynb
 TABLE       ?= seeds
 
@@ -49,9 +50,11 @@ types: venv
 	$(PY) -m pyright --pythonpath $(PY)
 masters: venv
 	$(PY) tools/build_notebooks.py --check
-# one run for the tests and the notebooks, whose stored outputs are compared: one closing line
+# one run for the tests and the notebooks, whose stored outputs are compared: one closing line;
+# files are spread over JOBS processes, so that a notebook's cells stay together
 pytest: venv
-	$(ONE_THREAD) $(PY) -m pytest -q --durations=5 tests notebooks --nbval --nbval-current-env \
+	$(ONE_THREAD) $(PY) -m pytest -q --durations=5 -n $(JOBS) --dist loadfile tests notebooks \
+	--nbval --nbval-current-env \
 	--nbval-cell-timeout=120 --nbval-sanitize-with=notebooks/sanitize.cfg $(PYTEST_FLAGS)
 
 slow: venv  ## train PPO to its end against theory and write docs/ladder.md (about 10 minutes)

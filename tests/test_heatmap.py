@@ -1,7 +1,6 @@
 """The token heat map and the batch table: safe with any text, readable by anyone, right order."""
 
 import re
-import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -116,23 +115,11 @@ def test_right_to_left_words_are_isolated_in_attributes_too():
 def test_a_long_response_is_cut_with_a_sentence():
     columns = {f"column {i}": torch.ones(1, 10_000) for i in range(7)}
     words = [["word"] * 10_000]
-    start = time.process_time()
     text = drawn(words, torch.ones(1, 10_000), columns=columns)
-    assert time.process_time() - start <= 0.2
     assert len(text.encode()) < 300_000
     assert "9600 more tokens are left out: only the first 400 are shown." in text
     assert len(Reader(text).tokens()) == 400
     assert "left out" not in drawn([["word"] * 48] * 4)
-
-
-def test_a_panel_is_built_in_time():
-    words, x = [["word"] * 48] * 4, torch.linspace(-2, 2, 192).view(4, 48)
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        drawn(words, x)
-        seconds.append(time.perf_counter() - start)
-    assert np.median(seconds) <= 0.005
 
 
 def luminance(color):

@@ -24,7 +24,8 @@ def test_titles_are_unique_and_many():
 def test_every_bug_is_caught():
     script = Path(__file__).with_name("mutations.py")
     found = subprocess.run(
-        [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
-    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
+    others = [line for line in found.stdout.splitlines() if not line.startswith("caught")]
+    assert found.returncode == 0, "\n".join([*others, found.stderr[-2000:]])
     assert found.stdout.count("caught  ") == len(MUTATIONS)
