@@ -9,7 +9,7 @@ setting would have led to: that takes another run.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
@@ -26,6 +26,7 @@ from minirlhf.push import surrogate_slope, twin
 from minirlhf.rollout import Rollout
 
 LOGGED = ("kl", "rewards", "advantages", "returns")
+EXACT = "exact for this batch: the same answers and the same critic, priced and credited anew"
 FIT = "fit"  # a beta found by regression
 # What frameworks do differently, one setting at a time
 CHANGES = {"beta": (0.0, FIT), "gamma": (1.0, 0.99), "lam": (1.0, 0.95, 0.0), "clamp": (None, 10.0)}
@@ -175,8 +176,32 @@ def what_if(
     )
     if features is not None:
         return _refitted(rollout, batch, convention, after, features)
-    why = "exact for this batch: the same answers and the same critic, priced and credited anew"
-    return WhatIf(split(batch, after), True, why, {})
+    return WhatIf(split(batch, after), True, EXACT, {})
+
+
+def repricer(
+    rollout: Rollout, convention: Convention, scores: Mapping[Any, Tensor]
+) -> Callable[[float, Any], WhatIf]:
+    """what_if of beta and of named scores [B], for a dial that is dragged.
+
+    Until whitening the split is linear in beta, so one split a name is enough, and a move costs a
+    tenth. Where it is not (group baselines, whitened rewards) or where no advantage depends on
+    beta, every call is a what_if.
+    """
+    c = convention
+    if c.kl_place != "reward" or c.advantage != "gae" or c.whiten_rewards == "rewards":
+        same = {c.price: {}}
+        return lambda beta, name: what_if(
+            rollout, c, scores=scores[name], **same.get(beta, {"beta": beta})
+        )
+    unit = replace(c, beta=1.0, whiten_advantages="none")
+    raw = {name: split(replace(rollout, scores=x), unit) for name, x in scores.items()}
+
+    def priced(beta: float, name: Any) -> WhatIf:
+        parts = replace(raw[name], kl=beta * raw[name].kl)
+        return WhatIf(whitened(parts, rollout.mask, c), True, EXACT, {})
+
+    return priced
 
 
 def _refitted(

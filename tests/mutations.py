@@ -750,9 +750,9 @@ MUTATIONS = [
     ),
     Mutation(
         "batch panel: every length bias shows the logged scores",
-        "lab/batch.py",
-        "scores=self._scores[bias], **changes",
-        "**changes",
+        "whatif.py",
+        "raw = {name: split(replace(rollout, scores=x), unit)",
+        "raw = {name: split(rollout, unit)",
         "test_batch_lab.py::test_without_length_bias_the_reward_part_of_verbose_answers_falls",
     ),
     Mutation(

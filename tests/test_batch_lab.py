@@ -30,7 +30,7 @@ from minirlhf.ppo_config import PPOConfig
 from minirlhf.push import length_weights, leverage, twin
 from minirlhf.rollout import Rollout
 from minirlhf.shipped import shipped
-from minirlhf.whatif import recomputed, rescored, what_if, what_if_clip
+from minirlhf.whatif import recomputed, repricer, rescored, what_if, what_if_clip
 
 WORDS = ["<pad>", "<eos>", "<b>", "yes", "&"]
 
@@ -156,6 +156,26 @@ def test_a_critic_fitted_again_takes_up_part_of_the_cost(ready, panel):
     assert panel.shown["absorbed"] == expected.figures["absorbed"]
     assert panel.shown["sides"]["verbose"]["baseline"] > frozen["sides"]["verbose"]["baseline"]
     assert "approximate: the critic is fitted again" in panel.live.view.value
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"whiten_advantages": "none", "lam": 0.9}, {"whiten_advantages": "shift_scale"},
+    {"whiten_rewards": "scores"}, {"whiten_rewards": "rewards"}, {"advantage": "grpo", "group": 4},
+    {"kl_estimator": "k3", "kl_aggregation": "token_mean"},
+], ids=str)  # fmt: skip
+def test_pricing_under_a_dial_is_the_what_if(settings):
+    run, batch = run_and_batch(**settings)
+    convention, scores = (
+        Convention.of(run.config),
+        {"old": batch.scores, "new": batch.lengths * 0.1},
+    )
+    priced = repricer(batch, convention, scores)
+    for beta, name in ((0.0, "old"), (0.2, "new"), (1.2, "new")):
+        expected = what_if(batch, convention, scores=scores[name], beta=beta)
+        found = priced(beta, name)
+        assert (found.exact, found.why) == (expected.exact, expected.why)
+        for part, x in vars(expected.parts).items():
+            assert x is None or torch.allclose(getattr(found.parts, part), x, atol=1e-12)
 
 
 def test_from_a_second_thread_the_same_numbers(panel):

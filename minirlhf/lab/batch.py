@@ -29,7 +29,7 @@ from minirlhf.lab.live import LiveFigure, Panel
 from minirlhf.ppo import PPO, TrainingDiverged
 from minirlhf.push import length_weights
 from minirlhf.rollout import Rollout
-from minirlhf.whatif import WhatIf, recomputed, what_if, what_if_clip
+from minirlhf.whatif import WhatIf, recomputed, repricer, what_if, what_if_clip
 
 EPSILONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 FIRST = "first minibatch"
@@ -96,11 +96,11 @@ class BatchPanel(Panel):
         self._features = rollout.values[rollout.mask][:, None] if features is None else features
         self._scores: dict[Any, Tensor] = {k: scores[k] for k in sorted(scores)} if scores else {}
         self._scores = self._scores or {LOGGED: rollout.scores}
+        self._priced = repricer(rollout, convention, self._scores)
         names = np.full(len(rollout), "all") if strata is None else np.asarray(strata)
         self._strata = {str(s): torch.as_tensor(names == s) for s in np.unique(names)}
         self._lengths, self._unit, self._why = length_weights(rollout, self._strata, run)
-        ends = rollout.ref_eos_logprobs
-        self._stops = None if ends is None else passed_up(rollout)
+        self._stops = None if rollout.ref_eos_logprobs is None else passed_up(rollout)
         self._updates: dict[Dials, Tensor | str] = {}  # slopes [B, T], or why there are none
         self._latest: dict[float, Dials] = {}  # of each epsilon's latest update
         self._stop, self._job = threading.Event(), threading.Thread()
@@ -117,8 +117,8 @@ class BatchPanel(Panel):
         """The dials, two in a row, and epsilon's button with its progress bar."""
         look: Any = {"style": {"description_width": "90px"}, "layout": {"width": "49%"}}
         beta, top = self._convention.price, 6 * self._convention.price or 0.5
-        gaps = {k: (x - self._batch.scores).abs().mean() for k, x in self._scores.items()}
-        near = min(gaps, key=lambda k: float(gaps[k]))
+        gaps = {k: float((x - self._batch.scores).abs().mean()) for k, x in self._scores.items()}
+        near = min(gaps, key=gaps.__getitem__)
         bias = [(k if k == LOGGED else f"{k:g} points a token", k) for k in self._scores]
         eps = [(FIRST, 0.0), *((f"{e:g}", e) for e in EPSILONS)]
         drag: Any = {"min": 0, "max": top, "step": top / 60, "readout_format": ".3f"}
@@ -154,9 +154,11 @@ class BatchPanel(Panel):
 
     # ------------------------------------------------------------------ the numbers
     def _what_if(self, beta: float, bias: Any, refit: bool) -> WhatIf:
-        changes: Any = {} if beta == self._convention.price else {"beta": beta}
-        changes |= {"features": self._features} if refit else {}
-        return what_if(self._batch, self._convention, scores=self._scores[bias], **changes)
+        if not refit:
+            return self._priced(beta, bias)
+        given: Any = {} if beta == self._convention.price else {"beta": beta}
+        given |= {"scores": self._scores[bias], "features": self._features}
+        return what_if(self._batch, self._convention, **given)
 
     def _rows(self, stratum: str) -> dict[str, Tensor]:
         return {side: kind & self._strata[stratum] for side, kind in self._kinds.items()}
@@ -201,8 +203,7 @@ class BatchPanel(Panel):
             return "<p>This stratum has no verbose and no concise answer.</p>"
         words, chosen = [self._words[row] for row in at.values()], torch.tensor([*at.values()])
         given: Any = {"unit": "unit of advantages", "limit": self._limit, "titles": [*at]}
-        if self._stops is not None:
-            given["stops"] = self._stops[chosen]
+        given["stops"] = None if self._stops is None else self._stops[chosen]
         page = heat_map(words, self.seen[chosen], self._batch.mask[chosen], **given)
         return page.removeprefix(f"<style>{STYLE}</style>")  # it stands in the panel, once
 

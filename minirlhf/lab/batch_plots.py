@@ -150,12 +150,8 @@ def _rows(ax: Axes, title: str, names: Sequence[str], limits: tuple[float, float
     ax.set(xlim=limits, ylim=(len(names) - 0.4, -0.6), xticks=[])
     ax.set_yticks(range(len(names)), names, fontsize=11)
     bars = ax.barh(range(len(names)), 0.0, color="#BBBBBB", height=0.6)
-    where: Any = {
-        "ha": "right",
-        "va": "center",
-        "fontsize": 12,
-        "transform": ax.get_yaxis_transform(),
-    }
+    where: Any = {"ha": "right", "va": "center", "fontsize": 12, "parse_math": False}
+    where["transform"] = ax.get_yaxis_transform()
     return list(bars), [ax.text(0.98, i, "", **where) for i in range(len(names))]
 
 
