@@ -6,10 +6,9 @@ combination of those (a `World`) predicts numbers, most in closed form (oracle.p
 held against the measured one, line by line. The verdict names the causes that all fitting worlds
 share; where no world fits, or worlds with other causes fit as well, it says "cannot tell".
 
-Its best witness is the *push*: minus the loss's gradient by an answer's log-prob, per answer. The
-push on verbose less that on concise answers, V - C, is what lifts the log-odds of V, and it hardly
-depends on which answers were sampled. Left out: answers of several tokens, so that discounts,
-aggregation and EOS play no part; causes outside the list, which end as "cannot tell".
+Its best witness is the *push*: minus the loss's gradient by an answer's log-prob. Push on V less
+push on C is what lifts the log-odds of V, and hardly depends on which answers were sampled. Left
+out: answers of several tokens, and causes outside the list, which end as "cannot tell".
 
 Sources: Tang and Munos (2025, arXiv 2506.09477) for what each penalty's gradient is; Liu et al.
 (2025, arXiv 2503.20783) for the std of GRPO; those of oracle.py.
@@ -32,9 +31,8 @@ class Changes:
     """What the battery may change in a subject, and nothing else."""
 
     beta: float = 1.0
-    """factor on the price of KL"""
     gap: float = 1.0
-    """factor on what the reward model pays more for V"""
+    """factors on the price of KL and on what the reward model pays more for V"""
     exact_critic: bool = False
     many_epochs: bool = False
     other_clip: bool = False
@@ -53,6 +51,7 @@ RUNS = {
     "other seed": Changes(seed=1),
 }
 PRICES = ("beta / 4", "as it is", "beta x 4")
+Traces = dict[str, "Trace"]
 SAME = ("exact critic", "many epochs", "other clip", "other seed")  # should not move the end
 
 
@@ -61,27 +60,23 @@ class Trace:
     """One training run: at probes [K] on prompts [N]. [K, N, 2] is V, C; NaN: was not sampled."""
 
     start: Tensor
-    """[N] exact probability of V before training"""
     end: Tensor
-    """[N] and after it"""
     share: Tensor
-    """[K, N] and at each probe"""
+    """exact probability of V: [N] before training, [N] after it, [K, N] at each probe"""
     beta: Tensor
     """[K] the price that the run states, reward sd per nat"""
     scores: Tensor
     """[K, N, 2] mean score, reward sd"""
     score_sd: Tensor
-    """[K] sd of the batch's scores"""
     advantage_sd: Tensor
-    """[K] sd of the batch's advantages"""
+    """[K] sd of the batch's scores, and of its advantages"""
     log_ratio: Tensor
     """[K, N, 2] logged log-ratio to the run's reference, nats"""
     kl: Tensor
     """[K, 2] mean log-ratio of the batch, nats: as logged, and to the policy before training"""
     net: Tensor
-    """[K, N, 2] push, in the unit of advantages"""
     free: Tensor
-    """[K, N, 2] push on the same batch at a price of 0"""
+    """[K, N, 2] push, in the unit of advantages: as it is, and at a price of 0 on the same batch"""
 
     @property
     def gap(self) -> float:
@@ -92,9 +87,7 @@ class Trace:
 class Subject(Protocol):
     """Anything that can be trained again."""
 
-    def train(self, changes: Changes) -> Trace:
-        """Train from the start, under `changes`."""
-        ...
+    def train(self, changes: Changes) -> Trace: ...  # noqa: D102
 
 
 PENALTIES = {
@@ -141,7 +134,6 @@ WORLDS = [
     )
     if scale not in ("both", "grouped") or penalty[0] == "reward"  # else it looks like batch
 ]
-NAMES = sorted({cause for world in WORLDS for cause in world.causes})
 
 
 class Line(NamedTuple):
@@ -176,13 +168,14 @@ def pull_residual(world: World, t: Trace) -> Tensor:
     elif world.scale in ("scores", "both"):
         against = against / t.score_sd[:, None]
     left, kept = lift(t.net, t) / free, 1 - pull / against
-    left, kept = (torch.where(seen, y, 0.0).clamp(-3, 3) for y in (left, kept))
+    left, kept = (torch.where(seen, y, 0.0) for y in (left, kept))
+    size = left.abs().amax(1, keepdim=True).clamp(min=1.0)  # a batch's sd may blow all of it up
     if world.place == "reward" and world.scale in ("group", "grouped"):
         kept = kept.sign()
     if world.place == "reward" and world.scale in ("batch", "both", "grouped"):
         scale = (left * kept).sum(1) / kept.square().sum(1).clamp(min=1e-9)
         kept = kept * scale.clamp(min=0)[:, None]
-    return torch.where(seen, left - kept, math.nan)
+    return torch.where(seen, (left - kept) / size, math.nan)
 
 
 def ends(world: World, t: Trace) -> Tensor | None:
@@ -206,11 +199,8 @@ def rms(x: Tensor) -> float:
     return float(x.square().nanmean().sqrt())
 
 
-Traces = dict[str, Trace]
-
-
 def evidence(world: World, traces: Traces) -> list[Line]:
-    """Every symptom that the world says something about, measured and expected."""
+    """Every symptom that the world says something about."""
     return [*scale_lines(world, traces), *pull_lines(world, traces), *end_lines(world, traces)]
 
 
@@ -246,15 +236,21 @@ def pull_lines(world: World, traces: Traces) -> Iterator[Line]:
     """What does the KL term do to the push, and from which policy is KL counted?"""
     base, priced = traces["as it is"], [traces[name] for name in PRICES]
     off = rms(torch.cat([pull_residual(world, t).flatten() for t in priced]))
-    yield line("KL's pull, off the formula of the penalty by: rms", off, 0, 0.06)
+    near = 0.1 if world.scale in ("group", "grouped") and world.place == "reward" else 0.01
+    yield line("KL's pull, off the formula of the penalty by: rms", off, 0, near)
+    sure = lift(base.net, base).isfinite()
+    size = ((base.net - base.free).abs() / base.beta[:, None, None])[sure]
+    off = {e: float((size - e).abs().max()) if len(size) else 1.0 for e in (0.0, 1.0)}
+    symptom = "KL's push on one answer, distance from {:g} beta: largest"
     if world.place in ("none", "book_literal"):
-        size = ((base.net - base.free).abs() / base.beta[:, None, None]).nanmean()
         e = float(world.place == "book_literal")
-        yield line("KL's push on one answer, over beta: mean size", float(size), e, 0.1)
+        yield line(symptom.format(e), off[e], 0, 0.02)
+    else:  # what pulls cannot be the same on all answers
+        e = min(off, key=off.__getitem__)
+        yield Line(symptom.format(e), off[e], "> 0.02", off[e] > 0.02)
     share = [float(a / b) for a, b in torch.cat([t.kl for t in priced]) if b > 0.02]
-    symptom = "logged KL, over KL to the first policy: smallest"
-    near = (0.0, 0.5) if world.moving else (1.0, 0.05)
-    yield line(symptom, min(share, default=1.0), *near)
+    told = (0.0, 0.5) if world.moving else (1.0, 0.05)
+    yield line("logged KL, over KL to the first policy: smallest", min(share, default=1.0), *told)
 
 
 def end_lines(world: World, traces: Traces) -> Iterator[Line]:
@@ -281,13 +277,11 @@ class Verdict:
     """What the battery says."""
 
     causes: frozenset[str] | None
-    """the pathways at work; none: it cannot tell"""
     said: str
-    """one sentence"""
+    """the pathways at work (none: it cannot tell), and the same in words"""
     lines: list[Line]
-    """the evidence, against the world that fits (or comes closest)"""
     others: dict[str, list[Line]]
-    """pathway on its own -> what speaks against it"""
+    """evidence on the world that fits or comes closest, and against each other pathway alone"""
 
     def table(self) -> str:
         """All of it as text: a line a symptom, then the other pathways, then the verdict."""
@@ -311,7 +305,10 @@ def verdict(traces: Traces) -> Verdict:
     wrong = {world: [line for line in lines if not line.fits] for world, lines in found.items()}
     fitting = {world.causes for world in WORLDS if not wrong[world]}
     best = min(WORLDS, key=lambda world: (len(wrong[world]), len(world.causes)))
-    alone = {c: [w for w in WORLDS if w.causes == {c}] for c in NAMES}
+    alone = {
+        c: [w for w in WORLDS if w.causes == {c}]
+        for c in frozenset().union(*(w.causes for w in WORLDS))
+    }
     nearest = {c: min((wrong[w] for w in worlds), key=len) for c, worlds in alone.items()}
     if len(fitting) == 1:
         (causes,) = fitting

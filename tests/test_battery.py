@@ -28,7 +28,7 @@ from minirlhf.battery import (
 from minirlhf.model import Transformer, response_outputs
 from minirlhf.oracle import two_answer
 from minirlhf.ppo_config import PPOConfig
-from minirlhf.two_answers import QUESTIONS, TwoAnswerDesk, log_odds
+from minirlhf.two_answers import P0, QUESTIONS, TwoAnswerDesk, log_odds
 
 BOOK, K3 = PENALTIES["book_literal", "k1"], PENALTIES["loss", "k3"]
 IN_LOSS = {"kl_place": "loss", "kl_estimator": "k3"}
@@ -48,7 +48,8 @@ def planted(name: str, seed: int) -> TwoAnswerDesk:
     r = np.random.default_rng(seed)
     gap = float(r.uniform(0.15, 0.6))
     beta = gap / float(r.uniform(1.5, 5.0))
-    p0 = 1 / (1 + np.exp(-np.sort(r.uniform(-6.5, 0.0, 8))))  # .0015 to .5
+    odds = np.array(P0) / (1 - np.array(P0)) * np.exp(r.uniform(-0.7, 0.7, 8))
+    p0 = odds / (1 + odds)  # .0015 to .67
     options = {"beta": beta, "epochs": int(r.integers(1, 3)), **PLANTS[name][0]}
     refresh = int(r.integers(5, 12))
     # over the batch's sd, as the default is, where that changes the size of a step alone
