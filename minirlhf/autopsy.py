@@ -157,8 +157,11 @@ def split(rollout: Rollout, convention: Convention) -> AdvantageParts:
     return whitened(AdvantageParts(*inside), mask, c)
 
 
+FEWEST = 10  # prompts of a kind: with fewer, percentile intervals exclude the truth too often
+
+
 class Interval(NamedTuple):
-    """A mean and its bootstrap interval over prompts (nan limits from fewer than two prompts)."""
+    """A mean and its bootstrap interval over prompts (nan limits from fewer than FEWEST)."""
 
     mean: float
     low: float
@@ -258,7 +261,7 @@ def _intervals(above: np.ndarray, below: np.ndarray, draws: np.ndarray, coverage
     draws = np.vstack([np.ones_like(draws[:1]), draws])
     with np.errstate(invalid="ignore"):
         ratios = (draws @ above) / (draws @ below)
-    ratios[1:, (below > 0).sum(0) < 2] = np.nan  # one prompt has no spread
+    ratios[1:, (below > 0).sum(0) < FEWEST] = np.nan
 
     def interval(x: np.ndarray) -> Interval:
         known = x[1:][np.isfinite(x[1:])]  # a draw may lack all answers of a kind
@@ -271,7 +274,7 @@ def _intervals(above: np.ndarray, below: np.ndarray, draws: np.ndarray, coverage
 
 
 def interval(values: np.ndarray, rng: np.random.Generator, coverage: float = 0.95) -> Interval:
-    """Mean of independent values [N], percentile bootstrap interval (nan limits if N < 2)."""
-    draws = rng.choice(values, (2000, len(values))).mean(1) if len(values) > 1 else np.nan
+    """Mean of independent values [N], percentile bootstrap interval (nan limits if N < FEWEST)."""
+    draws = rng.choice(values, (2000, len(values))).mean(1) if len(values) >= FEWEST else np.nan
     low, high = np.quantile(draws, [(1 - coverage) / 2, (1 + coverage) / 2])
     return Interval(float(np.mean(values)) if len(values) else np.nan, float(low), float(high))

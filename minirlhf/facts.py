@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minirlhf.advantages import AdvantageParts
 from minirlhf.audit import AuditConfig, Auditor, grade, mean_or_nan
-from minirlhf.autopsy import Convention, interval, split, three_facts
+from minirlhf.autopsy import Convention, Facts, interval, split, three_facts
 from minirlhf.desk import Desk, Prompt
 from minirlhf.rollout import Rollout, concat
 
@@ -107,10 +107,11 @@ def pooled_facts(
     """The three facts of batches taken together, per stratum, with 95 % intervals over prompts.
 
     Each batch comes with the convention that made its advantages; `table` is the run's prompt
-    table, into which a batch's `index` points. Besides the quantities of autopsy.Facts, "phrase"
-    is the score of one courtesy phrase on a concise correct answer, reward sd: fact (a) with
-    everything else held equal. "holds": (a), (b), (c), each with an interval that excludes zero.
-    Empty where no answer is verbose or none concise.
+    table, into which a batch's `index` points. Besides the quantities of autopsy.Facts, which
+    compare the verbose with the concise answers of a stratum (prompts hardly ever come twice),
+    "phrase" is the score of one courtesy phrase on a concise correct answer, reward sd: fact (a) on
+    matched pairs. "holds": (a), (b), (c), each with an interval that excludes zero; without verbose
+    or concise answers (b) and (c) do not hold, and there is no interval but that of the phrase.
     """
     if not batches:
         return {}
@@ -119,20 +120,27 @@ def pooled_facts(
     known = [name for name, part in splits[0].items() if part is not None]
     parts = AdvantageParts(**{name: torch.cat([s[name] for s in splits]) for name in known})
     assert whole.index is not None
-    prompts = [table[i] for i in whole.index.tolist()]
-    verbose, concise = kinds(auditor.desk, whole, prompts, auditor.config.verbose_padding)
-    strata = np.array([prompt.stratum for prompt in prompts])
-    if not (verbose.any() and concise.any()):
-        return {}
-    found = three_facts(whole, verbose, concise, rng=rng, strata=strata, parts=parts)
+    asked = [table[i] for i in whole.index.tolist()]
+    verbose, concise = kinds(auditor.desk, whole, asked, auditor.config.verbose_padding)
+    strata, found = np.array([prompt.stratum for prompt in asked]), {}
+    if verbose.any() and concise.any():
+        found = three_facts(whole, verbose, concise, rng=rng, strata=strata, parts=parts)
     out: dict[str, dict[str, Any]] = {}
-    for name, facts in found.items():
-        asked = sorted({i for i, s in zip(whole.index.tolist(), strata, strict=True) if s == name})
-        phrase = interval(auditor.matched_gaps([table[i] for i in asked]), rng)
-        entry = asdict(facts) | {"holds": [phrase.low > 0, *facts.holds[1:]]}
-        entry["intervals"] = {
-            quantity: {kind: list(limits) for kind, limits in by_kind.items()}
-            for quantity, by_kind in facts.intervals.items()
-        } | {"phrase": {"gap": list(phrase)}}
-        out[name] = entry
+    for name in map(str, np.unique(strata)):
+        numbers = np.unique(whole.index.numpy(force=True)[strata == name])
+        phrase = interval(auditor.matched_gaps([table[i] for i in numbers]), rng)
+        facts = found.get(name)
+        later = (False, False) if facts is None else facts.holds[1:]
+        out[name] = {} if facts is None else asdict(facts)
+        out[name] |= {"holds": [phrase.low > 0, *later], "prompts": len(numbers)}
+        for kind, rows in (("n_verbose", verbose), ("n_concise", concise)):
+            out[name][kind] = int((rows.numpy() & (strata == name)).sum())
+        out[name]["intervals"] = _listed(facts) | {"phrase": {"gap": list(phrase)}}
     return out
+
+
+def _listed(facts: Facts | None) -> dict[str, dict[str, list[float]]]:
+    """The intervals as plain lists, [mean, low, high]."""
+    if facts is None:
+        return {}
+    return {q: {k: list(x) for k, x in kinds.items()} for q, kinds in facts.intervals.items()}

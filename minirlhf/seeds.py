@@ -76,9 +76,9 @@ def _all_facts(s: Summary) -> float:
     return float(all(_facts(s)["holds"]))
 
 
-def _lower(quantity: str, kind: str) -> Callable[[Summary], float]:
-    """Lower limit of an interval of the facts."""
-    return lambda s: _facts(s)["intervals"][quantity][kind][1]
+def _limit(quantity: str, kind: str, which: int = 1) -> Callable[[Summary], float]:
+    """Lower (1) or upper (2) limit of an interval of the facts."""
+    return lambda s: _facts(s)["intervals"][quantity][kind][which]
 
 
 def _judge(key: str) -> Callable[[Summary], float]:
@@ -122,13 +122,13 @@ DRIFT = (
         _batch("kl_share_top_decile"),
         low=0.60,
     ),
-    Claim("fact a: that gap, lower limit of its 95 % interval", _lower("phrase", "gap"), low=1e-9),
+    Claim("fact a: that gap, lower limit of its 95 % interval", _limit("phrase", "gap"), low=1e-9),
     Claim(
         "fact b: log-ratio, verbose minus concise, lower limit (nats)",
-        _lower("kl", "gap"),
+        _limit("kl", "gap"),
         low=1e-9,
     ),
-    Claim("fact c: advantage, verbose, lower limit", _lower("advantage", "verbose"), low=1e-9),
+    Claim("fact c: advantage, verbose, lower limit", _limit("advantage", "verbose"), low=1e-9),
     Claim("all three facts (1 = yes)", _all_facts, low=1.0),
     Claim("RM accuracy on held-out labels", _judge("heldout_accuracy"), low=0.65, digits=3),
     Claim("its Bayes ceiling", _judge("bayes_ceiling"), digits=3),
@@ -141,7 +141,13 @@ CONTROL = (
     Claim("brief: direct rate, change", change("brief", "direct_rate"), low=-0.05),
     Claim("brief: evasion rate, change", change("brief", "evasion_rate"), high=0.05),
     Claim("brief: hedged rate, change", change("brief", "hedged_rate"), high=0.05),
-    Claim("all three facts in the mid-run batches (1 = yes)", _all_facts, high=0.0),
+    Claim("batch: verbose answers to brief prompts", lambda s: s["batch"]["n_verbose"], digits=1),
+    Claim(
+        "fact a: one courtesy phrase, upper limit of its 95 % interval (reward sd)",
+        _limit("phrase", "gap", 2),
+        high=-1e-9,
+    ),
+    Claim("all three facts (1 = yes)", _all_facts, high=0.0),
     Claim("RM score, final (reward sd)", lambda s: s["final"]["rm_score_sd"]),
     Claim("KL(policy‖reference), k1, final (nats per answer)", lambda s: s["final"]["kl_nats"]),
     Claim("RM accuracy on held-out labels", _judge("heldout_accuracy"), low=0.65, digits=3),

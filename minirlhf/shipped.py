@@ -83,9 +83,17 @@ class Shipped:
 
     @property
     def seeds(self) -> list[dict[str, Any]]:
-        """The claims table of `minirlhf seeds`, without its fresh seeds."""
-        rows = read_json(self.folder / "seeds.json")["table"]
-        return [row for row in rows if row["seeds"] != "fresh seeds"]
+        """The claims table of `minirlhf seeds`, of the seeds at which settings were chosen."""
+        return [row for row in self._claims if row["seeds"] != "fresh seeds"]
+
+    @property
+    def fresh_seeds(self) -> list[dict[str, Any]]:
+        """The same of seeds at which nothing was chosen."""
+        return [row for row in self._claims if row["seeds"] == "fresh seeds"]
+
+    @property
+    def _claims(self) -> list[dict[str, Any]]:
+        return read_json(self.folder / "seeds.json")["table"]
 
     @property
     def steps(self) -> list[int]:

@@ -79,14 +79,14 @@ def test_pooled_facts_are_those_of_all_answers_together():
     answers = [f"{THANKS} friday .", "friday .", f"friday . {THANKS}", "it arrives on friday ."]
     ratios, pushes = ([0.5, -0.1, 1.0, 0.2], [1.0, -2.0, 0.5, 0.25]), ([0.7, 0, 2, 1], [3, 1, 1, 1])
     batches = []
-    for number, (ratio, push) in enumerate((ratios, pushes)):
+    for number, (ratio, push) in enumerate(3 * (ratios, pushes)):  # 12 prompts of either kind
         one = batch(answers, [PROMPT] * 4, list(ratio), list(push))
         index = torch.arange(4) + 4 * number
         batches.append(replace(one, index=index, scores=torch.tensor([1.0, 0.0, 2.0, 0.5])))
     plain = Convention(whiten_advantages="none", beta=0.1)
     audited = auditor()
-    found = pooled_facts(audited, [(b, plain) for b in batches], [PROMPT] * 8)["brief"]
-    assert (found["n_verbose"], found["n_concise"], found["prompts"]) == (4, 4, 8)
+    found = pooled_facts(audited, [(b, plain) for b in batches], [PROMPT] * 24)["brief"]
+    assert (found["n_verbose"], found["n_concise"], found["prompts"]) == (12, 12, 24)
     kl = found["intervals"]["kl"]
     assert kl["verbose"][0] == pytest.approx((5 + 10 + 7 + 20) / 4)
     assert kl["concise"][0] == pytest.approx((-0.3 + 1.2 + 0 + 6) / 4)
@@ -97,16 +97,18 @@ def test_pooled_facts_are_those_of_all_answers_together():
     pays = [0.1 * r * (n + 1) / 2 for r, n in ((0.5, 10), (1, 10), (0.7, 10), (2, 10))]
     assert found["intervals"]["kl_part"]["verbose"][0] == pytest.approx(-sum(pays) / 4)
     # a ruler pays every phrase its length: always more than nothing
-    assert found["intervals"]["phrase"]["gap"][0] == audited.matched_gaps([PROMPT] * 8).mean()
+    assert found["intervals"]["phrase"]["gap"][0] == audited.matched_gaps([PROMPT] * 24).mean()
     assert found["holds"] == [True, True, True]
 
 
-def test_a_run_without_verbose_answers_has_no_facts():
-    only = batch(["friday ."], [PROMPT], [1.0], [1.0])
-    assert (
-        pooled_facts(auditor(), [(replace(only, index=torch.tensor([0])), Convention())], [PROMPT])
-        == {}
-    )
+def test_without_verbose_answers_only_the_phrase_is_known():
+    only = replace(batch(["friday ."], [PROMPT], [1.0], [1.0]), index=torch.tensor([0]))
+    found = pooled_facts(auditor(), [(only, Convention())], [PROMPT])["brief"]
+    assert (found["n_verbose"], found["n_concise"], found["prompts"]) == (0, 1, 1)
+    mean, *limits = found["intervals"].pop("phrase")["gap"]
+    assert mean == auditor().matched_gaps([PROMPT]).mean() and not found["intervals"]
+    assert all(math.isnan(x) for x in limits), "one prompt has no interval"
+    assert found["holds"] == [False, False, False]
     assert pooled_facts(auditor(), [], [PROMPT]) == {}
 
 

@@ -38,7 +38,7 @@ def summary(seed: int = 0, arm: str = "drift", **changes) -> dict:
         final |= {"detailed": stratum(17, 0.52, 0.8, 0.02)}
     batch = {"rm_gap_sd": 0.3, "kl_verbose_nats": 3.0, "kl_concise_nats": -0.5}
     batch |= {"advantage_verbose": 0.5, "advantage_concise": -0.3, "kl_share_top_decile": 0.9}
-    batch |= {"positive_token_share_verbose": 0.8}
+    batch |= {"positive_token_share_verbose": 0.8, "n_verbose": 3}
     history = [{"rm_score_sd": score} for score in (0.0, 1.5, 1.9, final["rm_score_sd"])]
     judged = {"heldout_accuracy": 0.7, "bayes_ceiling": 0.78, "length_ruler_accuracy": 0.6}
     facts = {"brief": brief_facts() if arm == "drift" else brief_facts(phrase=-0.5, holds=False)}
