@@ -10,8 +10,8 @@ Its best witness is the *push*: minus the loss's gradient by an answer's log-pro
 push on C is what lifts the log-odds of V, and hardly depends on which answers were sampled. Left
 out: answers of several tokens, and causes outside the list, which end as "cannot tell".
 
-Sources: Tang and Munos (2025, arXiv 2506.09477) for what each penalty's gradient is; Liu et al.
-(2025, arXiv 2503.20783) for the std of GRPO; those of oracle.py.
+Sources: Tang and Munos (2025, arXiv 2506.09477) for the gradient of each penalty; Liu et al.
+(2025, arXiv 2503.20783) for GRPO's std; those of oracle.py.
 """
 
 import itertools
@@ -337,10 +337,7 @@ def _unpaid(traces: Traces) -> Verdict:
 def battery(
     subject: Subject, report: Callable[[str, int, int], None] | None = None
 ) -> tuple[Verdict, dict[str, Trace]]:
-    """Train the subject nine times and judge; report(run, done, total) before each and at the end.
-
-    Raises TrainingDiverged where a run does.
-    """
+    """Train the subject nine times and judge; report(run, done, total) before each and at the end."""
     traces: dict[str, Trace] = {}
     for name, changes in RUNS.items():
         if report:
