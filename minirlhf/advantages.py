@@ -9,7 +9,7 @@ part from the KL penalty and a part from the baseline. Whitening is affine, so t
 through it with one more part, the shift. `decompose_advantages` is that sentence in code.
 
 Sources: Schulman et al. (2015, arXiv 1506.02438, eq. 16); Ahmadian et al. (2024, arXiv
-2402.14740) for RLOO; Shao et al. (2024, arXiv 2402.03300, eq. 4.1.2) for GRPO.
+2402.14740) for RLOO; Shao et al. (2024, arXiv 2402.03300, section 4.1.2) for GRPO.
 """
 
 from dataclasses import dataclass, replace
@@ -103,7 +103,8 @@ def grpo_advantages(returns: Tensor, group: int, *, scale_by_sd: bool = True) ->
     """Each answer against its group's mean, divided by the group's sd: [B] -> [B].
 
     The division erases the size of a reward gap: a hundredth of the gap gives the same push.
-    `scale_by_sd=False` is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783).
+    `scale_by_sd=False` is the advantage of Dr. GRPO (Liu et al. 2025, arXiv 2503.20783), whose
+    loss also sums over an answer's tokens (`sequence_sum`) instead of taking their mean.
     """
     r = _grouped(returns, group)
     centred = r - r.mean(1, keepdim=True)

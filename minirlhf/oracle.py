@@ -26,7 +26,7 @@ from minirlhf.advantages import gae
 from minirlhf.model import Transformer, TransformerConfig
 
 Number = float | Tensor
-FARTHEST = 60.0  # logits from the start; beyond, 1 - p is below 1e-17 and the run has run away
+FARTHEST = 60.0  # logits past a half; there 1 - p is below 1e-26 and the run has run away
 
 
 def _double(name: str, x: Number | list[float], ok: str = "finite") -> Tensor:
@@ -184,7 +184,7 @@ def two_answer_end(
 def _rest(net: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
     """Where logit p stops that starts at x0 [..., 1] and goes where net(x) points; inf: nowhere."""
     way = net(x0).sign()
-    x = x0 + way * torch.linspace(0, FARTHEST, 1201, dtype=torch.float64)
+    x = x0 + way * _ahead(x0, 1201)
     past = net(x) * way <= 0
     first = past.int().argmax(-1, keepdim=True).clamp(min=1)
     low, high = x.gather(-1, first - 1), x.gather(-1, first)
@@ -196,11 +196,17 @@ def _rest(net: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
     return torch.where(way == 0, x0, end)
 
 
+def _ahead(x0: Tensor, points: int) -> Tensor:
+    """How far to look from logit x0 [..., 1]: `points` steps, to FARTHEST beyond a half from
+    however rare a start, and no less from a start that lies beyond it already."""
+    return torch.linspace(0, 1, points, dtype=torch.float64) * (FARTHEST + x0.abs())
+
+
 def runaway_threshold(p0: Number, *, place: str = "reward", estimator: str = "k3") -> Tensor:
     """The k = delta_r / beta above which nothing stops p on its way up; inf if something always
     does. It is the largest kl_pull on (p0, 1): beyond it the ascent has no zero."""
     x0 = _double("p0", p0, "between 0 and 1").logit()[..., None]
-    x = x0 + torch.linspace(0, FARTHEST, 6001, dtype=torch.float64)
+    x = x0 + _ahead(x0, 6001)
     pull = _pull(x, x0, place, estimator)
     best, where = pull.max(-1)
     return torch.where(where == pull.shape[-1] - 1, math.inf, best)
@@ -313,7 +319,7 @@ class ForkChain:
         """Where p ends: the fork's expected ascent p (1 - p) [A_0V - A_0C - KL's own] is zero."""
 
         def net(x: Tensor) -> Tensor:
-            p = torch.sigmoid(x).clamp(1e-16, 1 - 1e-16)
+            p = torch.sigmoid(x).clamp(1e-300, 1 - 1e-16)
             gap = self.advantages(p, critic=critic, gamma=gamma, lam=lam)[..., 0]
             if self.place == "loss":
                 gap = gap - self.beta * self.charges(p)[..., 0]  # k2's slope is the log-ratio

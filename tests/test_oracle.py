@@ -10,7 +10,7 @@ import torch
 from fakes_bandit import bandit, refreshed, settle, whole_batches  # noqa: F401
 from torch.nn.functional import logsigmoid
 
-from minirlhf.advantages import gae, grpo_advantages
+from minirlhf.advantages import gae, grpo_advantages, rloo_advantages
 from minirlhf.kl import ESTIMATORS, kl_tokens
 from minirlhf.oracle import (
     ForkChain,
@@ -164,6 +164,24 @@ def test_k3_in_the_reward_rests_below_a_threshold_and_runs_away_above():
     assert float(runaway_threshold(0.1, estimator="k1", place="loss")) == 0.0
 
 
+@pytest.mark.parametrize("p0", [1e-30, 1e-9, 1e-300])
+def test_a_start_however_rare_still_finds_its_rest_point(p0):
+    """The way to a half alone is -logit p0: 69 logits from 1e-30."""
+    way = -torch.tensor(p0, dtype=torch.float64).logit()
+    for beyond in (-4.0, 0.0, 3.0):
+        gap = 0.1 * (way + beyond)
+        want = torch.sigmoid(torch.tensor(beyond, dtype=torch.float64))
+        torch.testing.assert_close(two_answer_end(p0, gap, 0.1), want)
+        assert ForkChain(p0, float(gap), 0.1).end() == near(float(want), 1e-6)
+    assert float(two_answer_end(1e-30, 6.5, 0.1)) == near(0.0167, 1e-4)
+    k = float(runaway_threshold(p0))  # the pull of k3 in the reward peaks near a half
+    assert k == near(float(way) - 2, 1e-2)  # x - x0 - e^x, largest at x = 0, less 1
+    below, above = (two_answer_end(p0, 0.1 * (k + d), 0.1, estimator="k3") for d in (-0.1, 0.1))
+    assert below < 0.5 and above == 1.0
+    far = two_answer_end(1 - 1e-15, -3.0, 0.1)  # and from the other end
+    assert float(far) == near(float(two_answer(1 - 1e-15, -3.0, 0.1)), 1e-9)
+
+
 def test_the_two_sides_are_mirror_images():
     for place, estimator in SETTINGS:
         for scale in ("none", "scores", "advantages"):
@@ -302,8 +320,8 @@ def test_going_on_costs_at_most_minus_log_of_the_chance_to_go_on():
         assert total == near(-math.log(1 - eos), 1e-6) == near(nats, 0.01)
 
 
-def test_no_baseline_changes_the_gap_between_the_answers(generator):
-    """(d): any critic, right or wrong, as long as lam is 1; group baselines too."""
+def test_no_critic_changes_the_gap_between_the_answers(generator):
+    """(d): right or wrong, as long as lam is 1."""
     rewards, mask = TOY.rewards(0.1), TOY.mask
     gap = TOY.advantages(0.1)[:, 0]
     for _ in range(5):
@@ -313,6 +331,27 @@ def test_no_baseline_changes_the_gap_between_the_answers(generator):
         found = gae(rewards, values, mask, lam=1.0)[:, 0]
         torch.testing.assert_close(found[0] - found[1], gap[0] - gap[1])
         assert (found[0] - gap[0]).abs() > 1e-3  # while the advantages themselves do change
+
+
+@pytest.mark.parametrize("group", [2, 3, 6])
+def test_group_baselines_leave_the_ascent_too_by_listing_every_group(group):
+    """(d): RLOO's mean push is the exact one; GRPO's without sd is (G - 1) / G of it, as its
+    mean counts the answer itself: another step size, the same zero."""
+    p, returns = 0.1, TOY.rewards(0.1).sum(-1)
+    exact = p * (1 - p) * float(returns[0] - returns[1])
+    pushes = {"rloo": 0.0, "grpo": 0.0}
+    for row in itertools.product((0, 1), repeat=group):  # 0 is verbose
+        answers = torch.tensor(row)
+        score = (answers == 0).double() - p  # of logit p
+        chance = p ** row.count(0) * (1 - p) ** row.count(1)
+        own = {
+            "rloo": rloo_advantages(returns[answers], group),
+            "grpo": grpo_advantages(returns[answers], group, scale_by_sd=False),
+        }
+        for kind, advantages in own.items():
+            pushes[kind] += chance * float((advantages * score).mean())
+    assert pushes["rloo"] == near(exact, 1e-12) and abs(exact) > 0.01
+    assert pushes["grpo"] == near(exact * (group - 1) / group, 1e-12)
 
 
 # --- PPO on a Transformer ----------------------------------------------------------------------
