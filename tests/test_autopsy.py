@@ -556,7 +556,8 @@ def test_another_reward_model_and_another_baseline():
     blind = what_if(
         batch, c, values=torch.zeros_like(batch.values), whiten_advantages="none", lam=1.0
     )
-    assert not blind.parts.baseline.any()
+    assert not blind.parts.baseline.any() and blind.exact
+    assert "given values" in blind.why and "the same critic" in found.why
     grouped_ = logged(grouped(0), CONFIG)
     rloo = what_if(grouped_, Convention.of(CONFIG), advantage="rloo").advantages
     expected = logged(grouped(0), replace(CONFIG, advantage="rloo")).advantages
