@@ -233,8 +233,7 @@ class BatchPanel(Panel):
     def take(self, _change: Any = None) -> None:
         """Take the update again with what the dials say now, on a thread of its own."""
         self.cancel()
-        now = self.values()
-        dials = Dials(*(now[name] for name in Dials._fields))
+        dials = Dials(*(self.values()[name] for name in Dials._fields))
         if not dials.eps or dials in self._updates:
             return
         self._stop = stop = threading.Event()
