@@ -337,7 +337,7 @@ def _unpaid(traces: Traces) -> Verdict:
 def battery(
     subject: Subject, report: Callable[[str, int, int], None] | None = None
 ) -> tuple[Verdict, dict[str, Trace]]:
-    """Train the subject nine times and judge; report(run, done, total) before each and at the end."""
+    """Train the subject nine times and judge; report(run, done, total) before each, and after."""
     traces: dict[str, Trace] = {}
     for name, changes in RUNS.items():
         if report:

@@ -118,7 +118,10 @@ WRONG = [
     ("data --folder nowhere", "desk.toml cannot be read"),
     ("drift stray", "stray"),
     ("drfit", "drfit"),
-    ("", "{drift, seeds, data, check}"),
+    ("battery --ppo.beta 0", "ppo.beta is 0; the battery scales the price of KL"),
+    ("battery --refresh 0", "refresh is 0; it must be at least 1 step"),
+    ("battery --gap nan", "gap is nan; it must be finite"),
+    ("", "{drift, seeds, data, check, battery}"),
 ]
 
 
