@@ -2,9 +2,11 @@
 
 From M answers that the *reference* gave to one prompt, and their scores, two policies that were
 never trained can be measured: pi* ~ pi_ref e^(r / beta), by weighting each answer, and best-of-n,
-by counting how often each would have won. Both come with a standard error, and an estimate that
-rests on too few answers is refused instead of printed: pi* of a small beta lives where the
-reference hardly ever goes, and no sample of the reference can show it.
+by counting how often each would have won. Both come with a standard error, and an estimate whose
+effective sample size is too small is refused instead of printed: pi* of a small beta lives where
+the reference hardly ever goes. That size is *necessary*, not sufficient: it is computed from the
+answers that were drawn, and a rich mode of which none was drawn leaves no trace in it.
+`unseen_share` says what such a mode could hold; knowing better takes draws from elsewhere.
 
 Every function takes scores [..., M] and values [..., M] of the same answers, one row a prompt,
 in float64 inside; estimates are [...]. Left out: weights that are cut off or smoothed, which
@@ -15,7 +17,7 @@ et al. (2024, arXiv 2401.01879) for the KL of best-of-n, which shows that the us
 upper bound; Efron (1982) for the influence functions behind the standard errors.
 """
 
-from math import log
+from math import expm1, log
 from typing import NamedTuple
 
 import torch
@@ -77,6 +79,21 @@ def kl_of_optimum(scores: Tensor, beta: float, *, minimum: float = MINIMUM) -> E
     kl = (w * torch.where(w > 0, u.log(), 0.0)).sum(-1)
     influence = u * centred - (u - 1)
     return Estimate(kl, influence.std(-1) / w.shape[-1] ** 0.5, size)
+
+
+def unseen_share(scores: Tensor, beta: float, highest: float) -> Tensor:
+    """The most of pi*, [...] between 0 and 1, that a mode of which nothing was drawn may hold.
+
+    `highest` is the most that its answers may score (what the reward model can pay, not the
+    largest score seen). With 95 % confidence, for a set of answers named before drawing: its
+    chance under the reference is below about 3 / M, so its odds under pi* are below (3 / M)
+    e^(highest / beta) over the sample's mean of e^(r / beta). Raises ValueError for beta <= 0.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}; it must be positive: the price of KL, points per nat")
+    tilts, count = scores.double() / beta, scores.shape[-1]
+    odds = log(expm1(log(20) / count))  # (1 - p)^M = .05; the odds of p
+    return torch.sigmoid(odds + highest / beta + log(count) - tilts.logsumexp(-1))
 
 
 def best_of_n(scores: Tensor, values: Tensor, n: int, *, minimum: float = MINIMUM) -> Estimate:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf.bridge import best_of_n, best_of_n_kl_bound, kl_of_optimum, under_optimum, weights
+from minirlhf.bridge import (
+    best_of_n,
+    best_of_n_kl_bound,
+    kl_of_optimum,
+    under_optimum,
+    unseen_share,
+    weights,
+)
 from minirlhf.generate import generate
 from minirlhf.pocket import pocket_desk
 from minirlhf.shipped import shipped
@@ -111,10 +118,45 @@ def test_too_few_effective_answers_are_refused_in_a_sentence(desk, drawn):
         best_of_n(torch.arange(2000.0), torch.zeros(2000), 500)
 
 
+def test_a_mode_never_drawn_is_not_seen_by_the_effective_size_but_by_the_bound():
+    """One answer of chance 1e-4 that pays 15 beta: pi* gives it .997, most samples nothing."""
+    p, beta, pays, count = 1e-4, 0.1, 1.5, 2000
+    truth = p * np.exp(pays / beta) / (1 - p + p * np.exp(pays / beta))
+    assert truth == pytest.approx(0.997, abs=1e-3)
+    hits = torch.from_numpy(np.random.default_rng(0).binomial(count, p, size=600))
+    missed = (hits == 0).double().mean().item()
+    assert missed == pytest.approx((1 - p) ** count, abs=0.04) and missed > 0.75
+    scores = torch.zeros(count, dtype=torch.float64)  # what those samples look like
+    blind = under_optimum(scores, scores, beta)  # answered, not refused
+    assert blind.ess == pytest.approx(count) and blind.mean == 0 == blind.se
+    assert float(unseen_share(scores, beta, pays)) > truth
+    assert float(unseen_share(scores, beta, 0.1)) < 0.01  # where the score can pay no more
+    seen = scores.clone()
+    seen[0] = pays
+    with pytest.raises(ValueError, match=r"the 2000 answers count as 1\.0"):  # one hit is enough
+        weights(seen, beta)
+
+
+@pytest.mark.parametrize("count", [50, 2000])
+def test_the_bound_on_what_was_not_drawn_errs_one_time_in_twenty(count):
+    """By the chance to draw none: for every mode that beats its bound that is below 5 %."""
+    beta, pays = 0.5, 2.0
+    bound = unseen_share(torch.full((count,), 0.3), beta, pays)
+    p = torch.logspace(-6, -0.1, 4000, dtype=torch.float64)
+    inside = p * np.exp(pays / beta)
+    share = inside / (inside + (1 - p) * np.exp(0.3 / beta))
+    beats = share > bound
+    none = (1 - p) ** count
+    assert beats.any() and none[beats].max() < 0.05 < none[~beats].min() + 1e-3
+    small = 3 / count * np.exp((pays - 0.3) / beta)  # the rule of three
+    assert float(bound / (1 - bound)) == pytest.approx(small, rel=0.04)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
 def test_a_beta_that_is_no_price_is_refused(bad):
-    with pytest.raises(ValueError, match="it must be positive"):
-        weights(torch.zeros(100), bad)
+    for ask in (weights, lambda s, b: unseen_share(s, b, 1.0)):
+        with pytest.raises(ValueError, match="it must be positive"):
+            ask(torch.zeros(100), bad)
 
 
 @pytest.mark.parametrize("n", [0, 101])
