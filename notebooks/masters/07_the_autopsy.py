@@ -16,6 +16,7 @@ import torch
 from IPython.display import HTML
 
 from minirlhf.advantages import gae, shape_rewards
+from minirlhf.audit import grade
 from minirlhf.autopsy import Convention, split
 from minirlhf.facts import kinds
 from minirlhf.lab.batch_plots import fork, fork_figure, lorenz_figure, part_means, waterfall_figure
@@ -57,6 +58,7 @@ for stratum, facts in case.summary["facts"].items():
     print(f"{stratum} prompts, steps {steps}: {facts['n_verbose']} verbose answers")
     for said, (mean, low, high) in {
         "(a) one courtesy phrase, reward sd": of["phrase"]["gap"],
+        "    score, verbose less concise, sd": of["score"]["gap"],
         "(b) log-ratio, verbose, nats": of["kl"]["verbose"],
         "    the same, less that of concise": of["kl"]["gap"],
         "(c) advantage, verbose": of["advantage"]["verbose"],
@@ -66,17 +68,23 @@ for stratum, facts in case.summary["facts"].items():
 
 # %% [markdown]
 # On brief prompts of *this* run, (c) is not certain: the interval of the verbose advantage reaches
-# below zero. That is one seed. What do ten say, and what the control arm, whose labelers are fair?
+# below zero. That is one seed. What do ten say, at which the settings of the course were chosen,
+# and five at which nothing was? And the control arm, whose labelers are fair?
 
 # %%
-rows = [row for row in case.seeds if "fact" in row["claim"]]
-for row in rows:
-    value = f"{row['mean']:+.2f}  [{row['low']:+.2f}, {row['high']:+.2f}]"
-    held = f"{row['claim']}: {value}, {row['threshold']} in {row['held']} of {row['runs']}"
-    print(f"{row['arm']:8} {held}")
-# assert rows
+for title, table in {"seeds 0 to 9": case.seeds, "fresh seeds": case.fresh_seeds}.items():
+    for row in table:
+        if "fact" in row["claim"] or "verbose answers to brief" in row["claim"]:
+            of = f"{row['mean']:+.2f}  [{row['low']:+.2f}, {row['high']:+.2f}]"
+            held = f"{row['threshold']} in {row['held']} of {row['runs']}" * bool(row["threshold"])
+            print(f"{title}, {row['arm']}: {row['claim']}\n    {of}  {held}")
+(together,) = [row for row in case.seeds if row["arm"] == "drift" and "all three" in row["claim"]]
+assert together["held"] >= 9
 
 # %% [markdown]
+# In the control arm the reward model charges for a courtesy, and hardly anybody is verbose: there
+# is nothing to explain. So the facts belong to the labels, not to PPO as such.
+#
 # ## 2 Is the log what it says?
 #
 # Before you explain numbers, make them again. An advantage hangs on a *convention*: where the
@@ -198,8 +206,19 @@ assert 0.2 * gap < charge < 0.3 * gap
 # %% [markdown]
 # This is the answer to "how can it be positive in spite of a large penalty": the two numbers have
 # different units. In nats the penalty is large. Times beta, it is a quarter of what the reward
-# model pays for padding. And the gap within a batch is larger than that of one phrase, because a
-# verbose answer carries several, and a hedge or two.
+# model pays. And that gap is not one phrase's: verbose answers carry several, and are not alike in
+# other things, either.
+
+# %%
+grades = grade(case.desk, prompts, batch.responses, mask)
+for side, rows in sides.items():
+    of = {name: grades[name][rows.numpy()].mean() for name in ("correct", "hedged", "evasive")}
+    said = ", ".join(f"{share:.0%} {name}" for name, share in of.items())
+    print(f"{side}: {grades['padding_tokens'][rows.numpy()].mean():.0f} tokens of padding, {said}")
+
+# %% [markdown]
+# Padding, hedges and missing facts come together in this batch. What a phrase is worth by itself,
+# a matched pair says (fact a); what the batch did is said by the batch.
 #
 # **Exercise 2** (5 minutes). At which beta would a verbose and a concise answer be worth the same,
 # all answers being as they are?
@@ -481,11 +500,38 @@ controls["eps"].value = start["eps"]
 # %% [markdown]
 # ## 7 Verdict: the battery
 #
-# A batch shows one moment. Which mechanism is at work shows when settings are *changed* and the
-# end moves, or does not. The battery trains the same settings nine times on two answers, where
-# theory says where each mechanism ends, and holds every prediction against what it measures.
+# A batch shows one moment. Which *mechanism* is at work shows when settings are changed and the
+# end moves, or does not. `minirlhf battery` trains the same settings nine times on two answers,
+# with another price, another gap, another critic, and so on. It never reads the settings; it holds
+# what it measures against what each mechanism predicts, and says so when none fits, or several.
+#
+# **Predict.** Our settings: KL in the reward, k1, beta 0.07, one courtesy phrase worth half an
+# sd. Which of these will it name: a wrong estimator; a penalty that has no gradient; whitening
+# before KL; a reference that moves; or a right penalty, and too small a price?
 
-# (written in a moment)
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
+print("measured:")  # policies trained here differ in their last digits between processors
+from minirlhf.battery import battery
+from minirlhf.two_answers import TwoAnswerDesk
+
+phrase = case.summary["facts"]["brief"]["intervals"]["phrase"]["gap"][0]
+verdict, traces = battery(TwoAnswerDesk(case.config.ppo, phrase))
+print(verdict.table())
+assert verdict.causes == {"small beta, correct KL"}
+
+# %% [markdown]
+# Nothing is broken. The penalty pulls as its formula says, and policies end where theory puts
+# them: at odds $e^{\Delta r/\beta}$ times the reference's. For this gap and this price that is far
+# away. With a gap of 0 nothing moves: the reward model is the root, the price decides how far.
+#
+# Now somebody copies the textbook's formula into the loss:
+
+# %% tags=["nbval-ignore-output"]
+# output not compared: policies trained here differ in their last digits between processors
+literal = replace(case.config.ppo, kl_place="book_literal")
+verdict, _ = battery(TwoAnswerDesk(literal, phrase))
+print("\n".join(verdict.table().splitlines()[-1:]))
+assert verdict.causes == {"book-literal penalty"}
 
 # %% [markdown]
 # ## 8 Live
@@ -532,8 +578,8 @@ answer = """
 # - **2** The penalty is *compared*: beta times nats against the gap. It starts at zero, it is
 #   finite, and the advantage is what is left after it. So the policy is still below the point
 #   where both balance.
-# - **1** Brief prompts: there the reference gives verbose answers little probability, so there is
-#   most room to move; and the price is paid once, at a fork.
+# - **1** Brief prompts: what is preferred is much the same length everywhere, so where the right
+#   answer is short the most is added; and the price for it is paid at a few forks, not by the word.
 # - **1** The clip limits one update, measured from the last policy, not the sum of them.
 # - **1** Score up and audit down is the mark of a proxy that is optimised past its worth; at least
 #   one fact of the case is used as evidence.
@@ -551,22 +597,24 @@ answer = """
 # The reward model was trained on pairs in which the longer answer won a little too often, so it
 # pays about half an sd for a courtesy phrase that adds nothing, on brief prompts as elsewhere.
 # PPO follows the advantage, and an advantage asks one thing: was this better than expected? In the
-# batch, verbose answers to brief prompts score 1.6 sd above concise ones. They have moved 4.6 nats
-# away from the reference, which sounds like a lot, but a nat costs .07 sd: the penalty takes .4 sd
-# of the 1.6. What is left has the sign of the gap, and the update lifts the verbose answers (the
+# batches, verbose answers to brief prompts score about one and a half sd above concise ones, with
+# all that comes along (padding, hedges, missing facts). They have moved more than four nats away
+# from the reference, which sounds like a lot, but a nat costs .07 sd: the penalty takes about .4
+# sd of the gap. What is left has the sign of the gap, and the update lifts the verbose answers (the
 # push, by part: reward up, penalty down, with less than a third of the force).
 #
 # The penalty does not stop this, it says where it ends. It was zero at the first step, is paid at
 # a few forks, and grows with the log of the odds; the odds settle at $e^{\Delta r / \beta}$ times
-# the reference's. While advantages after KL are positive, the run is still below that point. Where
-# the reference is brief, verbose answers were rare, so there was most room. The clip bounds each
-# update against the last policy only; forty updates go a long way. The score rose all the time,
-# because it is what was optimised; what it stood for fell.
+# the reference's. While advantages after KL are positive, the run is still below that point. What
+# is preferred has much the same length everywhere, so brief answers change most. The clip bounds
+# each update against the last policy only; eighty steps go a long way. The score rose all the
+# time, because it is what was optimised; what it stood for fell.
 #
 # </details>
 
 # %% [markdown]
 # **Mark yourself** against these rows, and be strict: a point needs the reason, not the word.
+
 
 # %% tags=["exercise"]
 def my_marks():
