@@ -109,7 +109,11 @@ def test_figures_show_every_rate_and_every_run():
         ]
 
     runs = {"drift": [history(-0.1), history(-0.2)], "control": [history(0.01)]}
+    runs |= {"drift, fresh": [history(-0.3)], "control, fresh": [history(0.02)]}
     figure = arms_figure(runs, "brief", "said")
-    assert [len(ax.lines) for ax in figure.axes] == [3] * 3 and figure.get_label() == "said"
+    assert [len(ax.lines) for ax in figure.axes] == [5] * 3 and figure.get_label() == "said"
+    widths = [line.get_linewidth() for line in figure.axes[1].lines]
+    assert min(widths[3:]) > max(widths[:3])  # fresh seeds stand out
+    assert len({line.get_color() for line in figure.axes[1].lines}) == 4
     assert figure.axes[2].lines[0].get_xdata()[0] == 0  # a sampled KL below 0 is drawn at 0
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["drift", "control"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [*runs]

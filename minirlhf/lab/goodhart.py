@@ -15,7 +15,7 @@ from ipywidgets import SelectionSlider
 from matplotlib.figure import Figure
 
 from minirlhf.lab.live import LiveFigure, Panel, looks, slider
-from minirlhf.lab.plots import BLUE, GREY, INK, STRATUM, VERMILLION, blank, tidy
+from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, STRATUM, VERMILLION, blank, tidy
 from minirlhf.oracle import largest_drift
 
 EDGES = np.array([0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9])
@@ -49,19 +49,24 @@ def audit_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def arms_figure(
     runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], stratum: str, said: str
 ) -> Figure:
-    """Histories of every run by arm: RM score and gold over steps, gold over the distance gone."""
+    """Histories of every run by group: RM score and gold over steps, gold over distance gone.
+
+    Up to four groups, two arms first and then the same two again (other seeds): thick lines.
+    """
     figure = blank(12, 3.9)
     axes = figure.subplots(1, 3)
     tidy(axes[0], "what the team saw", "PPO step", "RM score, reward sd")
     tidy(axes[1], f"gold, {stratum} prompts", "PPO step", "points", "higher is better")
     tidy(axes[2], "the same, over distance", "square root of KL, nats per answer", "points")
     styles = ({"color": VERMILLION, "marker": "o"}, {"color": BLUE, "marker": "s", "ls": "--"})
+    styles = [{"lw": 1.0, "ms": 3, "alpha": 0.55, **style} for style in styles]
+    styles += [{"color": color, "lw": 2.4, "ms": 0} for color in (INK, GREEN)]
     for (arm, histories), style in zip(runs.items(), styles, strict=False):
         for i, history in enumerate(histories):
             step, proxy, kl = ([e[k] for e in history] for k in ("step", "rm_score_sd", "kl_nats"))
             gold, far = [e[stratum]["gold"] for e in history], np.sqrt(np.maximum(kl, 0))
             for ax, x, y in zip(axes, (step, step, far), (proxy, gold, gold), strict=True):
-                ax.plot(x, y, lw=1.2, ms=3, label="" if i else arm, **style)
+                ax.plot(x, y, label="" if i else arm, **style)
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=12, frameon=False)
     figure.set_label(said)

@@ -119,13 +119,26 @@ assert gain["brief"].high < -1 and gain["detailed"].high < 0 and abs(ends[0] - e
 # every fact checked. Same seeds, same PPO, same beta. If PPO itself made answers long, it would
 # do so here too.
 #
-# **Predict.** In the control arm: does the RM score rise? Which way do length and gold go?
+# Seeds come in two kinds, and we keep them apart. While looking at seeds 0 to 9 the settings were
+# chosen, so they show what was looked for: they are *in-sample*. The **fresh** seeds, from 100 on,
+# were run once all was chosen, and nothing was chosen on them.
+#
+# **Predict.** In the control arm: does the RM score rise? Which way do length and gold go? Do the
+# fresh seeds agree?
 
 # %%
+from minirlhf.seeds import FRESH
 from minirlhf.store import read_json
 
 everything = read_json(run.folder / "seeds.json")["runs"]
-arms = {arm: [r["history"] for r in everything if r["arm"] == arm] for arm in ("drift", "control")}
+kinds = [(arm, fresh) for fresh in (False, True) for arm in ("drift", "control")]
+arms = {
+    f"{arm}, {'fresh seeds' if fresh else 'seeds 0 to 9'}": [
+        r["history"] for r in everything if (r["arm"], r["seed"] >= FRESH) == (arm, fresh)
+    ]
+    for arm, fresh in kinds
+}
+drift, control = ([r["history"] for r in everything if r["arm"] == a] for a in ("drift", "control"))
 
 
 def change(histories, stratum, key):
@@ -135,28 +148,32 @@ def change(histories, stratum, key):
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
+print("change from first to last audit: mean (least to most of the runs)")
 for arm, runs in arms.items():
+    print(f"{arm}, {len(runs)} runs")
     for stratum in ("brief", "detailed"):
-        longer, better = (change(runs, stratum, key) for key in ("length_tokens", "gold"))
-        said = [over_prompts(lambda t: t["x"].mean(), {"x": x}, rng=rng) for x in (longer, better)]
-        cells = (f"{m:+5.1f} [{low:+5.1f}, {high:+5.1f}]" for m, low, high in said)
-        print(f"{arm:8} {stratum:9} tokens, gold points: {'   '.join(cells)}   {len(runs)} runs")
-    print(f"{arm:8} RM score at the end {np.mean([h[-1]['rm_score_sd'] for h in runs]):+.1f} sd")
+        changes = [change(runs, stratum, key) for key in ("length_tokens", "gold")]
+        cells = [f"{x.mean():+5.1f} ({x.min():+5.1f} to {x.max():+5.1f})" for x in changes]
+        print(f"    {stratum:9} tokens {cells[0]}   gold, points {cells[1]}")
+    score = np.array([h[-1]["rm_score_sd"] for h in runs])
+    print(f"    RM score at the end, sd {score.mean():+.1f} ({score.min():+.1f} to", end=" ")
+    print(f"{score.max():+.1f})")
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 said = (
     "Drift runs: the RM score rises and gold on brief prompts falls, in every run. "
-    "Control runs: the RM score rises a little and gold rises with it."
+    "Control runs: the RM score rises a little and gold rises with it. Fresh seeds do the same."
 )
 Picture(arms_figure(arms, "brief", said))
 
 # %%
-assert (change(arms["drift"], "brief", "gold") < 0).all()
-assert (change(arms["control"], "brief", "gold") > -0.1).all()
-assert (change(arms["control"], "brief", "length_tokens") < 1).all()
-assert all(h[-1]["rm_score_sd"] > h[0]["rm_score_sd"] for runs in arms.values() for h in runs)
-print("gold on brief prompts falls in all drift runs, and in no control run by 0.1 or more")
+assert (change(drift, "brief", "gold") < 0).all()
+assert (change(control, "brief", "gold") > -0.1).all()
+assert (change(control, "brief", "length_tokens") < 1).all()
+assert all(h[-1]["rm_score_sd"] > h[0]["rm_score_sd"] for h in drift + control)
+print("gold on brief prompts falls in all drift runs, and in no control run by 0.1 or more;")
+print("both hold for seeds 0 to 9 and for the fresh ones")
 
 # %% [markdown]
 # PPO, KL and clip are the same in both arms. What differs is the *ranking* that the reward model
@@ -226,13 +243,16 @@ for stratum in ("brief", "detailed"):
 
 # %% [markdown]
 # Three lessons. **Early, the gain is length**: at equal length there is little or less than
-# nothing. **Late, much is not**: by then nearly every answer hedges, and hedges pay at any
-# length. A second style is rewarded, so a repair of length alone will not do. **The bins matter**:
-# 20 tokens hide length *inside* a bin (8 and 18 tokens count as equal), and narrow bins leave few
-# answers to compare; at the end of training the two models hardly share a length.
+# nothing. **Late, much is not, as far as one can see**: on brief prompts that is said of the
+# quarter of the answers, or less, that share a narrow bin with the other model. They are the
+# reference's longest and the policy's shortest, and of all the others nothing is known.
+# **The bins matter**: 20 tokens let nearly all answers compare, but hide length *inside* a bin (8
+# and 18 tokens count as equal). At the end of training the two models hardly share a length, and
+# no width mends that.
 #
-# That hedges pay is a guess so far. Test it: regress the score on length, gold *and* hedging, at a
-# step where some answers hedge and some do not.
+# What else could pay? By then nearly every answer hedges. That hedges pay is a guess so far. Test
+# it: regress the score on length, gold *and* hedging, at a step where some answers hedge and some
+# do not.
 
 # %%
 middle = answers[answers.step == 20]
@@ -243,7 +263,8 @@ for stratum in ("brief", "detailed"):
     print(f"{stratum:9} sd of score per sd of hedging: {mean:+.1f} [{low:+.1f}, {high:+.1f}]")
 
 # %% [markdown]
-# At equal length and gold, a hedging answer scores higher on brief prompts.
+# At equal length and gold, a hedging answer scores higher on brief prompts; on detailed ones the
+# interval reaches zero. A second style is rewarded, so a repair of length alone will not do.
 #
 # ## 5 Longer is not yet biased: two controls
 #
@@ -273,6 +294,7 @@ for dial, *pair in zip(DIALS, *given_gold.values(), strict=True):
     cells = (f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in pair)
     print(f"{dial:.4f}   {'     '.join(cells)}")
 assert given_gold["brief"][0].high < 0 < given_gold["brief"][-1].low
+assert np.all(np.diff([i.mean for i in given_gold["brief"]]) > 0)
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -280,13 +302,20 @@ curves = {s: (DIALS, [i.mean for i in found]) for s, found in given_gold.items()
 axes = ("labelers' bonus, points a token", "slope given gold")
 chart = {"what the reward model pays for length": (*axes, {**curves, "nothing": (DIALS, 0.0)})}
 Picture(
-    chart_figure("The slope on length given gold rises with the labelers' dial through 0.", chart)
+    chart_figure(
+        "The slope on length given gold rises with the labelers' dial, from below 0 to above.",
+        chart,
+    )
 )
 
 # %% [markdown]
-# That is a *cause*: the one thing that differs is the labelers' dial, and the slope follows it.
-# With no bonus it is negative: labelers who skim do not see the facts, but they see padding, and
-# dislike it as gold does. On brief prompts it crosses zero near the 0.03 that gold charges.
+# From row to row differ the dial, the label noise (drawn anew for each dial) and so one training;
+# pairs and reference answers are the same. The intervals are over prompts only: how far another
+# draw of the labels, or another training, would move a slope is not in them, so single rows are
+# not to be compared. What speaks for the dial as the *cause* is that it was set by hand, and that
+# on brief prompts six slopes rise with it, from clearly negative to clearly positive. With no bonus
+# the slope is negative: labelers who skim do not see the facts, but they see padding, and dislike
+# it as gold does. On brief prompts it crosses zero near the 0.03 that gold charges.
 #
 # **The ruler.** What would a judge have seen who measures length and nothing else? Fit a line of
 # score on length to the *reference's* answers, and read it at the policy's lengths.
@@ -322,22 +351,29 @@ print("measured:")
 for arm, runs in arms.items():
     rises = [max(e["brief"]["gold"] for e in h[1:]) > h[0]["brief"]["gold"] for h in runs]
     print(f"{arm}: some later audit is above the reference in {sum(rises)} of {len(runs)} runs")
-audits = [(h[0], entry) for h in arms["drift"] for entry in h[1:]]
-d = np.sqrt([entry["kl_nats"] for _, entry in audits])
-gold = np.array([entry["brief"]["gold"] - start["brief"]["gold"] for start, entry in audits])
-for name, form in (("d (a - b d)", d**2), ("d (a - b log d)", d * np.log(d))):
-    columns = np.stack([d, -form], 1)
-    (a, b), *_ = np.linalg.lstsq(columns, gold, rcond=None)
-    explained = 1 - ((gold - columns @ [a, b]) ** 2).sum() / ((gold - gold.mean()) ** 2).sum()
-    print(f"{name:16} a {a:+.1f}, explains {explained:.1f} of the variance")
-far = gold[(d > 3) & (d < 3.5)]
-print(f"at a distance of 3 to 3.5, gold changed by {far.min():+.1f} to {far.max():+.1f} points")
+
+print("the two forms, fitted to gold minus the reference's")
+for arm, runs in list(arms.items())[::2]:
+    audits = [(h[0], entry) for h in runs for entry in h[1:]]
+    d = np.sqrt([entry["kl_nats"] for _, entry in audits])
+    gold = np.array([entry["brief"]["gold"] - start["brief"]["gold"] for start, entry in audits])
+    for name, form in (("d (a - b d)", d**2), ("d (a - b log d)", d * np.log(d))):
+        columns = np.stack([d, -form], 1)
+        (a, b), *_ = np.linalg.lstsq(columns, gold, rcond=None)
+        explained = 1 - ((gold - columns @ [a, b]) ** 2).sum() / ((gold - gold.mean()) ** 2).sum()
+        print(f"{arm:20} {name:16} a {a:+.2f}  b {b:+.2f}  R2 {explained:.2f}")
+        assert a < 0 and b < 0
+    far = gold[(d > 3) & (d < 3.5)]
+    print(f"{arm:20} at a distance of 3 to 3.5 gold changed by", end=" ")
+    print(f"{far.min():+.1f} to {far.max():+.1f} points")
 
 # %% [markdown]
 # **This world disagrees with the picture in the book.** There is no hump: gold falls from the
 # first audit on (a hump within the first ten steps would escape us, the audit comes every ten).
 # Our labelers' bias is against gold from the first token of padding; in Gao's world proxy and
-# gold agree at first. Both forms fit equally, neither well: at one and the same distance runs
+# gold agree at first. Nor does a fit bring it back. Gao's curve has $\alpha > 0$ (up at first) and
+# $\beta > 0$ (down later); here both forms come out with $\alpha < 0$ *and* $\beta < 0$: a fall
+# that slows down, not rise and fall. And neither fits well: at one and the same distance runs
 # differ widely, so gold is no function of distance alone.
 #
 # And a warning from theory. Let the proxy $r$ be normal (mean 0, sd 1) and gold $a r - b r^2$ on
@@ -434,11 +470,14 @@ for name, rows in (("brief", is_brief), ("detailed", ~is_brief)):
 #
 # Length does. Call an answer long if it has more than $n$ *tokens*: then the detailed prompts,
 # whose answers are long anyway, have a high $p_0$ and the brief ones a low one. The line is the
-# tilt with *one* $k$ for all prompts of a step, fitted to their mean; bars are two standard
+# tilt with *one* $k$ for all prompts of a step, **fitted to their mean**: how far prompts move on
+# average is put in, only how the move is spread over $p_0$ is tested. A rival has one number too:
+# of the answers that were not long, every prompt turns the same part $c$, and so moves by
+# $c (1 - p_0)$: room, and nothing else. It is fitted to the same mean. Bars are two standard
 # errors.
 #
 # **Predict**, for $n = 20$ at step 10: who moves more, a prompt with $p_0$ of 0.04, 0.33 or 0.96?
-# And where does the peak go as training goes on?
+# And where does the fitted peak go as training goes on?
 
 # %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -446,38 +485,62 @@ lengths = {step: found["length_tokens"] for step, found in later.items()}
 dial = DriftDial(reference["length_tokens"], lengths, is_brief)
 for step in lengths:
     dial.controls["step"].value = step
-    print(f"step {step:2d}: k {dial.shown['k']:.1f}, most should move at {dial.shown['peak']:.2f}")
+    print(f"step {step:2d}: k {dial.shown['k']:.1f}, the fitted peak is {dial.shown['peak']:.2f}")
 dial.controls["step"].value = 10
-misses = [moved - tilt_moves(p0, dial.shown["k"]) for _, p0, moved, *_ in dial.shown["bins"]]
-for is_brief_one, p0, moved, error, count in dial.shown["bins"]:
-    print(f"  {'brief' if is_brief_one else 'detailed':9}{count:3} prompts  p0 {p0:.2f}", end="")
-    print(f"  moved {moved:+.2f}, line {tilt_moves(p0, dial.shown['k']):+.2f}, se {error:.2f}")
-assert np.abs(misses).max() < 0.2
+bins = sorted(dial.shown["bins"], key=lambda row: row[1])
+p0, moved, error, count = (np.array([row[i] for row in bins]) for i in (1, 2, 3, 4))
+tilt = tilt_moves(p0, dial.shown["k"])
+room = (1 - p0) * (count @ moved) / (count @ (1 - p0))
+for (is_brief_one, *_), *row in zip(bins, count, p0, moved, error, tilt, room, strict=True):
+    print(f"  {'brief' if is_brief_one else 'detailed':9}{row[0]:3} prompts  p0", end=" ")
+    print("{:.2f}  moved {:+.2f}, se {:.2f}  tilt {:+.2f}  room alone {:+.2f}".format(*row[1:]))
+
+
+def mean_of(rows):
+    """Mean move of the bins `rows`, each counting by its prompts, and its standard error."""
+    part = count[rows] / count[rows].sum()
+    return part @ moved[rows], np.sqrt(part**2 @ error[rows] ** 2)
+
+
+rare, between, full = (mean_of(r) for r in (p0 < 0.1, (p0 > 0.1) & (p0 < 0.9), p0 > 0.9))
+for name, a, b in (("full minus between", full, between), ("between minus rare", between, rare)):
+    print(f"{name}: {a[0] - b[0]:+.2f}, se {np.hypot(a[1], b[1]):.2f}")
+assert between[0] - full[0] > 5 * np.hypot(between[1], full[1])
+assert rare[0] - full[0] > 5 * np.hypot(rare[1], full[1])
+assert np.abs(moved - tilt).max() < 0.2
 
 # %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
 curves = {}
 for step in (10, 80):
     dial.controls["step"].value = step
-    p0, moves = np.array(sorted(row[1:3] for row in dial.shown["bins"])).T
-    curves[f"step {step}, measured"] = (p0, moves)
-    curves[f"step {step}, tilt of one k"] = (p0, tilt_moves(p0, dial.shown["k"]))
+    shares, moves = np.array(sorted(row[1:3] for row in dial.shown["bins"])).T
+    curves[f"step {step}, measured"] = (shares, moves)
+    curves[f"step {step}, tilt of one k"] = (shares, tilt_moves(shares, dial.shown["k"]))
 dial.controls["step"].value = 10
 chart = {"more than 20 tokens": ("share before, p0", "share after minus before", curves)}
 Picture(
     chart_figure(
-        "At step 10 most is moved in between; at step 80 what was rarest moves most.", chart
+        "Near p0 = 1 there is no room. At step 80 the others used up all of theirs.", chart
     )
 )
 
 # %% [markdown]
+# One contrast is clear: prompts with $p_0$ near 1 have **no room**, all others move far. The rising
+# side of the tilt is **not resolved**. Its fitted peak lies near 0.15, where this desk has no
+# prompts at this limit, and from 0.04 to 0.33 the measured move grows by about two standard
+# errors, between two *strata* that may differ in more than $p_0$. Room alone does not do it
+# either: it promises the groups near 0.33 too little. So the tilt of one $k$ is not refuted at
+# this limit; that is all.
+#
 # **Turn the dials.** Each mark is a group of prompts.
 #
-# - At step 10, raise the limit from 8 to 28 tokens. Do brief prompts climb the left side? Where
-#   do detailed ones stand?
+# - At step 10, raise the limit from 8 to 28 tokens. Brief prompts go down the left side: do they
+#   stay on the line? Where do detailed ones stand?
 # - Go to the last step. Everything that can be long is long: what is left is $1 - p_0$, and that
 #   line would fit *any* strong push. Which step tests the theory?
-# - At 28 tokens, who is above the line, who below? Then one $k$ is not the whole truth.
+# - At 28 tokens there are groups on both sides of the peak. Who is above the line, who below?
+#   Then one $k$ is not the whole truth.
 
 # %% jupyter={"source_hidden": true}
 dial
@@ -500,13 +563,13 @@ for name, value in start.items():
     dial.controls[name].value = value
 
 # %% [markdown]
-# So the answer to "why on brief prompts?" has two parts here. The tilt is nearly the same for
-# all, but a detailed answer was long before: it has nowhere to go. And since every answer heads
-# for one length, a brief question leaves most room for padding, and padding is what gold charges.
+# So the answer to "why on brief prompts?" has two parts here. Many a detailed answer was long
+# before: it has nowhere to go. And since every answer heads for one length, a brief question
+# leaves most room for padding, and padding is what gold charges.
 #
 # A caution: $\mathrm{logit}\,p$ moves by $\Delta r / \beta$ at the *optimum*. A policy on its way
-# is only described by a tilt with a smaller $k$. That one number a step fits this well is a
-# finding, not a theorem.
+# need not be a tilt at all. One fitted number a step describes it roughly at one limit and misses
+# at others: a sketch, not a law.
 #
 # ## 8 After deployment: an alarm
 #
@@ -552,25 +615,31 @@ from minirlhf.monitor import calibrate, stream
 
 watched = np.flatnonzero(is_brief)[:24]
 names = ("length_tokens", "evasive")
-more = sample(run.reference, 80, watched, seed=12)
-pool = {n: np.concatenate([reference[n][:, watched], more[n]]).astype(float) for n in names}
+more = sample(run.reference, 100, watched, seed=12)
+pool = np.stack([np.r_[reference[n][:, watched], more[n]] for n in names], -1).astype(float)
 
 
-def watches(pool, record, days):
-    """A record, and 20-day watches of fresh answers: shuffled by probe, no answer used twice."""
-    order = rng.permuted(np.tile(np.arange(len(pool["evasive"]))[:, None], len(watched)), axis=0)
-    drawn = {name: np.take_along_axis(x, order, 0) for name, x in pool.items()}
-    fresh = np.stack([drawn[n][record:].mean(1) for n in names], -1)
-    return {n: x[:record] for n, x in drawn.items()}, fresh.reshape(-1, days, len(names))
+def split(record=20):
+    """The record, and all other answers [rest, probes, M]: shuffled by probe."""
+    order = rng.permuted(np.tile(np.arange(len(pool))[:, None], len(watched)), axis=0)
+    drawn = np.take_along_axis(pool, order[..., None], 0)
+    return {n: drawn[:record, :, i] for i, n in enumerate(names)}, drawn[record:]
 
 
-alarms, careless = [], []
+def watches(rest, days):
+    """Those answers as watches [W, days, probes, M]: one answer a probe and day, none twice."""
+    return rest.reshape(-1, days, *rest.shape[1:])
+
+
+monitors, alarms, careless = [], [], []
 for _ in range(30):
-    recorded, fresh = watches(pool, 20, 20)
+    recorded, rest = split()
     monitor = calibrate(recorded, rng=rng, rate=0.10, days=20, watches=200)
+    fresh = watches(rest, 20).mean(2)
     alarms += (monitor.alarm(fresh) > 0).tolist()
     same = monitor.charts(stream(recorded, 20, rng=rng, runs=200)).max((1, 2))  # record = truth
     careless += (monitor.charts(fresh).max((1, 2)) > np.quantile(same, 0.90)).tolist()
+    monitors.append((monitor, watches(rest, 30)))
 
 # %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -581,31 +650,62 @@ print(
 assert 0.02 < np.mean(alarms) < 0.22 and np.mean(careless) > np.mean(alarms)
 
 # %% [markdown]
-# Now the drift. The policy of step 10 is rolled out to a part of the traffic, from day 11 on.
-# **Predict.** At 5 %, 20 % and 100 % of the traffic: on which day does the alarm go off?
+# Now the drift. The policy of step 10 is rolled out to a part of the traffic, from day 11 of 30
+# on. Each of the 30 monitors watches answers that did *not* set its threshold (all records come
+# from one stock of answers, so the monitors are not independent). A watch with an alarm before
+# the change says nothing about it: we drop it, and say how many. And we need the row for **no**
+# traffic: what would have gone off anyway.
+#
+# **Predict.** At 0 %, 5 %, 20 % and 100 % of the traffic: in how many watches does the alarm go
+# off by day 30, and when?
 
 # %%
-moved = {name: later[10][name][:, watched].astype(float) for name in names}
-traffic, median = {}, {}
-for part in (0.05, 0.2, 1.0):
-    quiet = stream(pool, 10, rng=rng, runs=200)
-    after = stream(pool, 20, rng=rng, runs=200, other=moved, share=part)
-    days = np.concatenate([quiet, after], 1)
-    found = monitor.alarm(days)
-    real = found > 10
-    median[part] = (np.median(found[real]) - 10, real.mean(), (found == 0).mean())
-    traffic[f"{part:.0%} of the traffic"] = (range(1, 31), monitor.charts(days[0])[:, 0])
+policy = sample(run.policy(10), 40, watched, seed=13)
+policy = np.stack([policy[n] for n in names], -1).astype(float)
+
+
+def rolled_out(quiet, part):
+    """Days' means [W, days, M] if from day 11 on the policy answers that part of the traffic."""
+    drawn = policy[rng.integers(len(policy), size=quiet.shape[:3]), np.arange(len(watched))]
+    new = rng.random(quiet.shape[:3]) < part
+    new[:, :10] = False
+    return np.where(new[..., None], drawn, quiet).mean(2)
+
+
+parts, traffic, dropped = (0.0, 0.05, 0.2, 1.0), {}, 0
+first_alarm = {part: [] for part in parts}
+for monitor, quiet in monitors:
+    before = monitor.alarm(quiet[:, :10].mean(2)) > 0
+    dropped += before.sum()
+    for part in parts:
+        days = rolled_out(quiet[~before], part)
+        first_alarm[part] += monitor.alarm(days).tolist()
+        if len(days):  # the chart keeps the last monitor that has one
+            charted = monitor.charts(days[0])[:, 0], monitor.threshold
+            traffic[f"{part:.0%} of the traffic"] = (range(1, 31), charted[0])
 
 # %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
-for part, (delay, real, missed) in median.items():
-    print(f"{part:4.0%} of the traffic: found in {real:.0%} of watches, half of them", end=" ")
-    print(f"within {delay:.0f} days; missed in {missed:.0%}")
-assert median[0.05][0] > median[1.0][0] and median[1.0][1] > 0.8
+rows = {part: np.array(found) for part, found in first_alarm.items()}
+print(f"{dropped} of {dropped + len(rows[0.0])} watches had an alarm before the change, dropped")
+for part, found in rows.items():
+    rang = found > 0
+    print(
+        f"{part:4.0%} of the traffic: alarm in {rang.mean():.0%} of {len(found)} watches", end=", "
+    )
+    print(f"half of these within {np.median(found[rang]) - 10:.0f} days")
+assert all(found[found > 0].min() > 10 for found in rows.values())
+shares = [(found > 0).mean() for found in rows.values()]
+assert shares[0] < 0.25 < shares[1] < shares[2] <= shares[3] and shares[3] > 0.95
+assert np.median(rows[1.0][rows[1.0] > 0]) < np.median(rows[0.05][rows[0.05] > 0])
+
+# %% [markdown]
+# Only what is above the row of no traffic is *found*; the rest of the alarms were chance. So 5 %
+# of the traffic is found often but late, and not always; a fifth or more nearly at once.
 
 # %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
-lines = {**traffic, "threshold": (range(1, 31), monitor.threshold)}
+lines = {**traffic, "threshold": (range(1, 31), charted[1])}
 chart = {"length: one watch each": ("day (rollout from day 11)", "CUSUM, day sds (log)", lines)}
 figure = chart_figure("One watch of each: the sooner above the threshold, the more traffic.", chart)
 figure.axes[0].set(yscale="symlog", ylim=(0, None))
@@ -618,8 +718,8 @@ Picture(figure)
 #
 # **What to take along.** The score rose in every run, and gold fell in every run with biased
 # labelers and in none with fair ones. Early on the gain is length; later a second style, hedging,
-# pays too. "Biased" needs a control: gold's own slope, a fair labeler, a ruler. Prompts move by
-# how much room they have, not by how much they deserve.
+# pays too. "Biased" needs a control: gold's own slope, a fair labeler, a ruler. Prompts whose
+# answers were long before had no room to move; the others all did.
 #
 # *Why* PPO kept going although every step was charged for: that is inside the batches.
 #
