@@ -8,20 +8,23 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
 COMMAND = "make slow"
+How = Literal["trained", "sampled", "exact"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One claim: what theory predicts, what was measured, and whether it held."""
+    """One claim: what theory predicts, what was found and how, and whether it held."""
 
     section: str
     setting: str
     predicted: str
-    measured: str
+    how: str
+    found: str
     tolerance: str
     seed: str
     held: bool
@@ -43,19 +46,25 @@ class Ladder:
         section: str,
         setting: str,
         predicted: float | str,
-        measured: float | str,
+        found: float | str,
         tolerance: float | str = "",
         *,
         held: bool | None = None,
         seed: int | str = 0,
+        how: How = "trained",
     ) -> bool:
         """Record a row. `held` may be left out where all three are numbers: then it is
-        |measured - predicted| <= tolerance. `section` starts with the rung: "L0 ...", "L2 ...".
+        |found - predicted| <= tolerance. `section` starts with the rung: "L0 ...", "L2 ...".
+        `how`: "trained" is a policy that was trained, "sampled" a mean over draws from a fixed
+        one, "exact" a closed form or a sum over every answer: a check of formulas, no experiment.
         """
+        if how not in get_args(How):
+            raise ValueError(f"how is {how!r}; it must be one of {', '.join(get_args(How))}")
         if held is None:
-            held = abs(float(measured) - float(predicted)) <= float(tolerance)
-        texts = [_text(x) for x in (predicted, measured, tolerance)]
-        self.rows.append(Row(section, setting, *texts, str(seed), bool(held)))
+            held = abs(float(found) - float(predicted)) <= float(tolerance)
+        told, out, within = (_text(x) for x in (predicted, found, tolerance))
+        drawn = "" if how == "exact" else str(seed)
+        self.rows.append(Row(section, setting, told, how, out, within, drawn, bool(held)))
         return bool(held)
 
     def markdown(self, failed: Sequence[str] = ()) -> str:
@@ -68,14 +77,20 @@ class Ladder:
             f"(torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}, "
             f"{platform.machine()}). Seeds are in the tables; sd = reward sd."
         )
-        lines = ["# The theory ladder, measured", "", made]
+        kinds = ", ".join(f"{sum(r.how == h for r in self.rows)} {h}" for h in get_args(How))
+        read = (
+            f"How a value was found ({kinds}): *trained* is read off a policy that was trained, "
+            "*sampled* is a mean over draws from a fixed policy, *exact* is a closed form or a sum "
+            "over every answer and checks formulas against each other, nothing that was measured."
+        )
+        lines = ["# The theory ladder", "", made, "", read]
         lines += ["", f"Tests that failed: {', '.join(failed)}."] if failed else []
         for section in sorted({row.section for row in self.rows}):
             lines += ["", f"## {section}", ""]
-            lines += ["| setting | predicted | measured | tolerance | seed | held |"]
-            lines += ["|---|---|---|---|---|---|"]
+            lines += ["| setting | predicted | how | found | tolerance | seed | held |"]
+            lines += ["|---|---|---|---|---|---|---|"]
             for r in self.rows:
                 if r.section == section:
-                    cells = [r.setting, r.predicted, r.measured, r.tolerance, r.seed]
+                    cells = [r.setting, r.predicted, r.how, r.found, r.tolerance, r.seed]
                     lines.append(f"| {' | '.join(cells)} | {'yes' if r.held else '**no**'} |")
         return "\n".join(lines) + "\n"

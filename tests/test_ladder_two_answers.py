@@ -147,7 +147,16 @@ def test_sampled_gradient_of_the_kl_term(ladder, seed):
         name = f"{estimator} in the {place}, p .3, p0 .01, 100 000 samples"
         section = "L0g expected gradient of the KL term in logit p"
         held.append(
-            ladder.add(section, name, exact, mean, f"4 se = {4 * se:.3f}", held=good, seed=seed)
+            ladder.add(
+                section,
+                name,
+                exact,
+                mean,
+                f"4 se = {4 * se:.3f}",
+                held=good,
+                seed=seed,
+                how="sampled",
+            )
         )
     assert all(held)
 
@@ -213,7 +222,7 @@ def test_the_fork_chain_on_a_transformer(ladder):
 
 
 def test_credit_along_the_chain(ladder):
-    """The toy's signs and counts: p0 .02, p .1, gap .3 sd, beta .05, 30 tokens."""
+    """The toy's signs and counts (exact): p0 .02, p .1, gap .3 sd, beta .05, 30 tokens."""
     chain, held = ForkChain(0.02, 0.3, 0.05), []
     exact = {("flat", 1.0): (0.194, 30), ("flat", 0.95): (-0.019, 29), ("flat", 0.0): (-0.080, 1)}
     exact |= {("exact", lam): (0.194, 1) for lam in (1.0, 0.95, 0.0)}
@@ -221,6 +230,7 @@ def test_credit_along_the_chain(ladder):
         verbose = chain.advantages(0.1, critic=critic, lam=lam)[0]
         count = int((verbose > 1e-9).sum())
         name, section = f"{critic} critic, lambda {lam}", "L1b credit along 30 tokens"
-        held.append(ladder.add(section, name + ": A at the fork", fork, float(verbose[0]), 5e-4))
-        held.append(ladder.add(section, name + ": tokens with A > 0", positive, count, 0))
+        rows = ((": A at the fork", fork, float(verbose[0]), 5e-4),)
+        rows += ((": tokens with A > 0", positive, count, 0),)
+        held += [ladder.add(section, name + what, *row, how="exact") for what, *row in rows]
     assert all(held)
