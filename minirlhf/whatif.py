@@ -28,6 +28,10 @@ from minirlhf.rollout import Rollout
 LOGGED = ("kl", "rewards", "advantages", "returns")
 EXACT = "exact for this batch: the same answers and the same critic, priced and credited anew"
 OTHERS = "exact for this batch and the given values in the critic's place; the answers are the same"
+AGAIN = (
+    "exact: the ratios after the real update of this batch, taken again on a copy of the run; the "
+    "update itself was a sum of minibatches, each with ratios of its own"
+)
 FIT = "fit"  # a beta found by regression
 # What frameworks do differently, one setting at a time
 CHANGES = {"beta": (0.0, FIT), "gamma": (1.0, 0.99), "lam": (1.0, 0.95, 0.0), "clamp": (None, 10.0)}
@@ -279,10 +283,7 @@ def what_if_clip(
         figures = copied.update(rollout)
         with torch.no_grad():
             logprobs = response_logprobs(copied.policy, *given, temperature=config.temperature)[0]
-        why = (
-            "exact: the ratios after the real update of this batch, taken again on a copy of the "
-            "run; the update itself was a sum of minibatches, each with ratios of its own"
-        )
+        why = AGAIN
     now = rollout.logprobs if logprobs is None else logprobs
     moved = torch.where(rollout.mask, now - rollout.logprobs, 0.0)
     if moved.abs().max() < 1e-4:
