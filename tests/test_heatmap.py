@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
@@ -276,6 +277,17 @@ def test_sorting_keeps_the_chosen_answer_and_choosing_is_heard():
     assert len({len(line) for line, _ in table.answers.options}) == 1
     with pytest.raises(ValueError, match="no answer 99"):
         table.choose(99)
+
+
+def test_a_list_without_a_kernel_is_text():
+    below = widgets.HTML("<p>map</p>")
+    table = BatchTable(batch(), below=below)
+    table.by.value, table.down.value = "length", True
+    shown = table._repr_mimebundle_()
+    head, first, *_ = shown["text/plain"].splitlines()
+    assert head.split()[:2] == ["answer", "stratum"] and "map" not in shown["text/plain"]
+    assert int(first.split()[2]) == batch().lengths.max()
+    assert "application/vnd.jupyter.widget-view+json" in shown and table.children[-1] is below
 
 
 def test_strata_with_hidden_characters():

@@ -87,6 +87,7 @@ class BatchTable(widgets.VBox):
 
     `show(rollout)` puts another batch of the same answers in its place (what a what-if makes of
     them, say) and keeps the chosen answer. `row` is the chosen answer's number in the batch.
+    `below` is shown under the list. Where no kernel runs, the first lines stand as text.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class BatchTable(widgets.VBox):
         strata: Sequence[str] | None = None,
         *,
         on_choose: Callable[[int], Any] | None = None,
+        below: widgets.Widget | None = None,
     ):
         self._strata, self._told, self._quiet = strata, on_choose, False
         wide = widgets.Layout(width="420px", max_width="100%")
@@ -110,9 +112,10 @@ class BatchTable(widgets.VBox):
         room = widgets.Layout(width="660px", max_width="100%", height="232px")
         self.answers: Any = widgets.Select(rows=LINES, layout=room)
         self.note = widgets.HTML(f"{STYLE}<pre>{html.escape(head)}</pre>")
-        super().__init__([widgets.HBox([self.by, self.down]), self.note, self.answers])
+        listed = widgets.VBox([widgets.HBox([self.by, self.down]), self.note, self.answers])
+        listed.layout.height = "300px"
+        super().__init__([listed] if below is None else [listed, below])
         self.add_class("minirlhf-batch")
-        self.layout.height = "300px"
         self.row = 0
         self.show(rollout)
         self.by.observe(self._sort, "value")
@@ -129,6 +132,12 @@ class BatchTable(widgets.VBox):
         if row not in self.order[:MOST]:
             raise ValueError(f"no answer {row} in the list: choose one of {len(self.order)}")
         self.answers.value = row
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None, **options: Any) -> Any:
+        shown = super()._repr_mimebundle_(include=include, exclude=exclude, **options)
+        head = "".join(_fit(name, width) for name, width, _ in COLUMNS.values())
+        lines = [head, *(line for line, _ in self.answers.options[:LINES])]
+        return {**(shown or {}), "text/plain": "\n".join(line.rstrip() for line in lines)}
 
     def _sort(self, _change: Any = None) -> None:
         self.order = order(self.columns[self.by.value], descending=self.down.value)

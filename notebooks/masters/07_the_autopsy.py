@@ -270,6 +270,37 @@ HTML(  # no script in it, every text of the batch escaped
 )
 
 # %% [markdown]
+# **Any other answer.** Sort the batch by any column and choose a line: the map follows.
+
+# %% jupyter={"source_hidden": true}
+import ipywidgets as widgets
+
+from minirlhf.lab.batch_table import BatchTable
+
+one = widgets.HTML()
+
+
+def show_map(row):
+    """The map of one answer, below the list."""
+    rows = torch.tensor([row])
+    limit, stops = float(parts.total[mask].abs().quantile(0.95)), passed_up(batch)[rows]
+    given = {"unit": "unit of advantages", "limit": limit, "stops": stops}
+    one.value = heat_map([words[row]], parts.total[rows], mask[rows], **given)
+
+
+answers = BatchTable(batch, strata, on_choose=show_map, below=one)
+show_map(answers.row)
+answers
+
+# %% tags=["smoke"] jupyter={"source_hidden": true}
+answers.by.value, answers.down.value = "kl", True
+answers.choose(int(answers.order[0]))
+assert words[answers.row][0] in one.value and log_ratio[answers.row] == log_ratio.max()
+print(f"the answer that paid most has {int(batch.lengths[answers.row])} tokens")
+answers.by.value, answers.down.value = "row", False
+answers.choose(0)
+
+# %% [markdown]
 # Nearly every word of an answer has the same sign. At $\lambda = 1$ the whole score is carried
 # back to each word, and the critic takes the same expectation from all of them, more or less. The
 # words did not earn it one by one; the answer did.
