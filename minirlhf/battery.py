@@ -259,7 +259,8 @@ def end_lines(world: World, traces: Traces) -> Iterator[Line]:
     if world.moving:
         return
     if zero or world.place == "loss" or world.estimator == "k1":
-        for name in PRICES if zero else (*PRICES, "gap / 100", "no gap"):
+        noise = zero or BATCH in world.causes  # next to no push, over its own sd, is all noise
+        for name in PRICES if noise else (*PRICES, "gap / 100", "no gap"):
             t = traces[name]
             told = t.start if name == "no gap" else ends(world, t)
             if told is not None:  # small pushes are mostly noise: there only the mean is asked for
