@@ -1,14 +1,15 @@
 """The mechanism battery: nine short runs that tell why a policy drifts towards one of two answers.
 
-A *subject* is a black box: `subject.train(changes)` trains it once more under named changes and
-gives a `Trace`. Nothing here reads which penalty, whitening, baseline or reference it uses. Every
+A *subject* can be trained once more under named changes, `subject.train(changes)`, and gives a
+`Trace`. Nothing here reads which penalty, whitening, baseline or reference it uses. Every
 combination of those (a `World`) predicts numbers, most in closed form (oracle.py), and each is
 held against the measured one, line by line. The verdict names the causes that all fitting worlds
 share; where no world fits, or worlds with other causes fit as well, it says "cannot tell".
 
 Its best witness is the *push*: minus the loss's gradient by an answer's log-prob. Push on V less
 push on C is what lifts the log-odds of V, and hardly depends on which answers were sampled. Left
-out: answers of several tokens, and causes outside the list, which end as "cannot tell".
+out: whatever needs answers of several tokens (discounts, aggregation, EOS). It leaves no trace on
+one word, so the verdict is silent on it.
 
 Sources: Tang and Munos (2025, arXiv 2506.09477) for the gradient of each penalty; Liu et al.
 (2025, arXiv 2503.20783) for GRPO's std; those of oracle.py.

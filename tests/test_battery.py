@@ -193,19 +193,22 @@ def test_what_was_not_measured_speaks_against():
     assert not line("x", math.nan, 1, 0.05).fits
 
 
+FRESH = range(100, 110)  # thresholds were set while looking at others
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTS)
 def test_nine_of_ten_planted_runs_are_named(ladder, name):
     """And none gets a wrong name: what is not right is "cannot tell"."""
     wanted, right, wrong = PLANTS[name][1], 0, []
-    for seed in range(10):
+    for seed in FRESH:
         found, _ = battery(planted(name, seed))
         right += found.causes == wanted
         wrong += [seed] if found.causes is not None and found.causes != wanted else []
     words = f"at least 9 of 10 named {' and '.join(sorted(wanted))}, none wrongly"
     good = right >= 9 and not wrong
     assert ladder.add(
-        "L4 the mechanism battery", f"planted: {name}", words, right, held=good, seed="0-9"
+        "L4 the mechanism battery", f"planted: {name}", words, right, held=good, seed="100-109"
     ), wrong
 
 
