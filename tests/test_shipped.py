@@ -80,6 +80,17 @@ def test_the_shipped_claims_are_there():
 
 
 @needs_data
+def test_the_three_facts_hold_in_nine_of_ten_runs_and_in_no_control_run():
+    rows = {(row["arm"], row["claim"]): row for row in shipped().seeds}
+    for claim, least in (("fact a", 9), ("fact b", 9), ("fact c", 9), ("all three facts", 9)):
+        (row,) = [row for (arm, name), row in rows.items() if arm == "drift" and claim in name]
+        assert row["held"] >= least and row["runs"] == 10
+    (control,) = [row for (arm, name), row in rows.items() if arm == "control" and "all" in name]
+    assert control["held"] == control["runs"] == 10 and control["most"] == 0.0
+    assert {row["runs"] for row in shipped().fresh_seeds} == {5}
+
+
+@needs_data
 def test_the_reference_answers_brief_questions_correctly():
     case = shipped()
     probes = [p for p in case.desk.probes(256) if p.stratum == "brief"]
