@@ -129,7 +129,7 @@ print("a fork of 30 tokens by hand: the same as the library's chain")
 # $\lambda = 0$ about the *fork*, the one token that matters?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print("measured:")
+print("computed:")
 for critic in ("flat", "exact"):
     for lam in (1.0, 0.95, 0.0):
         a = chain.advantages(p, critic=critic, lam=lam)[0]
@@ -145,7 +145,7 @@ for critic in ("flat", "exact"):
 # tokens? And the first of 200?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print("measured:")
+print("computed:")
 for tokens in (30, 60, 200):
     score = torch.zeros(1, tokens)
     score[0, -1] = 1.0
@@ -194,7 +194,7 @@ lam.value, gamma.value, tokens.value = 1.0, 1.0, 30
 # the task alone. Where does each road end? The chain knows.
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print("measured:")
+print("computed:")
 print(f"without discount theory says {two_answer(p0, gap, beta):.2f}")
 for critic in ("flat", "exact"):
     ends = (f"{lam:.2f}: {chain.end(critic=critic, lam=lam):.2f}" for lam in (1.0, 0.95, 0.0))
@@ -227,8 +227,16 @@ for name, b in baselines.items():
     )
 a_v, a_c = net_advantages(p, p0, gap, beta)
 assert math.isclose(a_v, net["V"] - value) and math.isclose(a_c, net["C"] - value)
+biased = -p * (1 - p) / 30 + (1 - p) * p / 1  # -E[s / |y|], answers of 30 tokens and of 1
+print(
+    f"each answer's loss a mean over its tokens: a baseline of 1 adds {biased:+.3f} to the ascent"
+)
 
 # %% [markdown]
+# That is so where an answer's tokens are *summed*, and nearly so for a mean over all tokens of a
+# batch. Where each answer is averaged over its own length first (`sequence_mean`), $E[s/|y|]$ is
+# not 0, and a baseline does push: the last line above, for a fork of 30 tokens against 1.
+#
 # One sampled answer gives $A_V (1-p)$ or $-A_C\,p$: the same mean under every baseline, but not
 # the same spread. So "the advantages are positive" says little before we know the baseline. With
 # the exact value it says one thing: the policy is still below the optimum of notebook 04.
@@ -237,7 +245,7 @@ assert math.isclose(a_v, net["V"] - value) and math.isclose(a_c, net["C"] - valu
 # And at p*: is the penalty small?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print("measured:")
+print("computed:")
 star = float(two_answer(p0, gap, beta))
 for at in (0.5, star, 0.97):
     a_v, a_c = (float(a) for a in net_advantages(at, p0, gap, beta))
@@ -252,8 +260,9 @@ for at in (0.5, star, 0.97):
 #
 # **Whitening** is an affine map of the advantages: divide by their sd (`scale`, the shipped run's
 # choice), or subtract their mean as well (`shift_scale`). The sd is a step size. The shift is one
-# more baseline: afterwards some tokens are positive and some negative, whatever the critic says.
-# (Dividing the *scores* before KL is charged is another matter: it changes the price of KL.)
+# more baseline, on the same condition: afterwards some tokens are positive and some negative,
+# whatever the critic says. (Dividing the *scores* before KL is charged is another matter: it
+# changes the price of KL.)
 #
 # **Exercise 2** (10 minutes). Write `shift_scale` for a batch with padding.
 
@@ -346,7 +355,7 @@ assert baseline_runs["blind critic"][1] == 1
 # of A make eight cases, each in two forms. Where is the gradient 0? Where do the forms differ?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print("measured (epsilon 0.2), from the library's loss by autograd:")
+print("computed (epsilon 0.2), from the library's loss by autograd:")
 
 
 def surrogate(ratio, advantage, style):
@@ -406,7 +415,7 @@ print(check_clipped_surrogate(clipped_surrogate))
 # (1 - p shrinks by 1 - $\epsilon$)?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print("measured:")
+print("computed:")
 for eps in (0.2, 0.1):
     growth = math.ceil(math.log(0.5 / 0.001) / math.log(1 + eps))
     alone = clip_steps(0.001, 0.5, eps, verbose_only=True)
@@ -609,7 +618,7 @@ assert outside > 1.4
 # compared with no penalty at all, or speed it up?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
-print("measured:")
+print("computed:")
 
 
 def literal_road(beta, rollouts=40, epochs=10, lr=0.5):
@@ -736,7 +745,8 @@ assert below.min() > -1e-6 and below[-1] < 0.05
 
 # %% [markdown]
 # **What to take along.** GAE carries the score back, and $\lambda = 1$ carries all of it. A
-# baseline and a whitening change the signs that you see and the noise, not the destination. The
+# baseline and a whitening change the signs that you see and the noise, not the destination (as
+# long as no answer is averaged over its own length). The
 # clip makes steps smaller and roads longer; it knows nothing of the reference. Where the road
 # ends is decided by the reward and by the price of KL: the same exact optimum that notebook 04
 # wrote down, reached by a Transformer that never saw it.
