@@ -1,7 +1,9 @@
 """L2 in full (slow): PPO, RLOO and GRPO against every answer of a real Transformer.
 
-Acceptance: PPO's policy within total variation .05 of pi* (mean over the prompts), never above
-the frontier; the sampled gradient of every estimator in every place within 3 standard errors of
+Acceptance: PPO's policy within total variation .05 of pi*, at every prompt and so in the mean, and
+within .01 points below the frontier. (Not above it is a theorem for *any* table of probabilities,
+E[r] - beta KL = beta log Z - beta KL(pi || pi*): a policy above it would be a fault of the sums.)
+The sampled gradient of every estimator in every place within 3 standard errors of
 the summed one along that one's own direction, and within a Bonferroni bound along random ones.
 """
 
@@ -42,16 +44,16 @@ def trained(desk, config, seed, steps=120):
         return desk.logprobs(run.policy)
 
 
-def landed(desk, found, ladder, setting, beta, seed, near=0.05):
-    """Record where a policy stands; it is near the optimum and not above the frontier."""
+def landed(desk, found, ladder, setting, beta, seed, near=0.05, close=0.01):
+    """Record where a policy stands: near the optimum at every prompt, close below the frontier."""
     away, stands = total_variation(found, desk.optimum(beta)), desk.standing(found)
     kl, proxy = float(stands.kl.mean()), float(stands.proxy.mean())
-    over = proxy - float(desk.ceiling(kl))
-    what = (
-        f"TV {away.mean():.3f} (max {away.max():.3f}); KL {kl:.2f}, r {proxy:.2f}, over {over:.0e}"
-    )
-    held = float(away.mean()) <= near and over <= 1e-9
-    return ladder.add(SECTION, setting, "pi*", what, f"TV {near}", seed=seed, held=held)
+    below = float(desk.ceiling(kl)) - proxy
+    what = f"TV mean {away.mean():.3f}, max {away.max():.3f}; "
+    what += f"KL {kl:.2f}, r {proxy:.2f}, {below:.4f} below the frontier"
+    held = float(away.max()) <= near and -1e-9 <= below <= close
+    tolerance = f"TV {near} at every prompt; {close} below (above: only by a fault of the sums)"
+    return ladder.add(SECTION, setting, "pi*", what, tolerance, seed=seed, held=held)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -111,9 +113,11 @@ def test_best_of_n_stays_below_the_frontier_and_its_kl_below_the_bound(desk, lad
         stands = desk.standing(desk.best_of(n))
         over = float(stands.proxy.mean() - desk.ceiling(stands.kl.mean()))
         bound = best_of_n_kl_bound(n)
-        what = f"KL at most {stands.kl.max():.3f}; r {stands.proxy.mean():.2f}, over {over:.0e}"
+        what = f"KL at most {stands.kl.max():.3f}; r {stands.proxy.mean():.2f}, "
+        what += f"{-over:.2f} below the frontier"
         held = float(stands.kl.max()) <= bound and over <= 0
-        assert ladder.add(SECTION, f"best of {n}", f"KL <= {bound:.3f}", what, held=held)
+        predicted = f"KL <= {bound:.3f}"
+        assert ladder.add(SECTION, f"best of {n}", predicted, what, held=held, how="exact")
 
 
 def test_sampled_gradients_of_every_estimator_in_every_place(desk, ladder):
@@ -131,9 +135,8 @@ def test_sampled_gradients_of_every_estimator_in_every_place(desk, ladder):
         what += ", no pull of KL" if nil else f"; sign turned round: {turned:.0f}"
         tolerance = f"3 se; {bound:.1f} se"
         setting = f"gradient, {name(objective)}"
-        if not ladder.add(
-            SECTION, setting, "sum over answers", what, tolerance, held=held, seed=11
-        ):
+        row = (SECTION, setting, "sum over answers", what, tolerance)
+        if not ladder.add(*row, held=held, seed=11, how="sampled"):
             failed.append(f"{setting}: {what}")
     assert not failed
 
@@ -148,4 +151,5 @@ def test_share_of_the_gain_within_lengths_falls_as_the_proxy_pays_for_words(desk
     what = " > ".join(f"{s:.2f}" for s in shares)
     held = shares[0] > 0.8 and shares[-1] < 0.3 and shares == sorted(shares, reverse=True)
     setting = "gain within lengths / gain (NRG), 0, 0.3, 0.6, 1.2 points a word"
-    assert ladder.add(SECTION, setting, "> 0.8 falling to < 0.3", what, held=held)
+    predicted = "> 0.8 falling to < 0.3"
+    assert ladder.add(SECTION, setting, predicted, what, held=held, how="exact")
