@@ -245,7 +245,7 @@ for stratum in ("brief", "detailed"):
 # Three lessons. **Early, the gain is length**: at equal length there is little or less than
 # nothing. **Late, much is not, as far as one can see**: on brief prompts that is said of the
 # quarter of the answers, or less, that share a narrow bin with the other model. They are the
-# reference's longest and the policy's shortest, and of all the others nothing is known.
+# reference's longer and the policy's shorter ones, and of all the others nothing is known.
 # **The bins matter**: 20 tokens let nearly all answers compare, but hide length *inside* a bin (8
 # and 18 tokens count as equal). At the end of training the two models hardly share a length, and
 # no width mends that.
@@ -264,7 +264,8 @@ for stratum in ("brief", "detailed"):
 
 # %% [markdown]
 # At equal length and gold, a hedging answer scores higher on brief prompts; on detailed ones the
-# interval reaches zero. A second style is rewarded, so a repair of length alone will not do.
+# interval begins at about zero. A second style is rewarded, so a repair of length alone will not
+# do.
 #
 # ## 5 Longer is not yet biased: two controls
 #
@@ -372,9 +373,9 @@ for arm, runs in list(arms.items())[::2]:
 # first audit on (a hump within the first ten steps would escape us, the audit comes every ten).
 # Our labelers' bias is against gold from the first token of padding; in Gao's world proxy and
 # gold agree at first. Nor does a fit bring it back. Gao's curve has $\alpha > 0$ (up at first) and
-# $\beta > 0$ (down later); here both forms come out with $\alpha < 0$ *and* $\beta < 0$: a fall
-# that slows down, not rise and fall. And neither fits well: at one and the same distance runs
-# differ widely, so gold is no function of distance alone.
+# $\beta > 0$ (down later); here both forms come out with $\alpha < 0$ *and* $\beta$ a little
+# below 0: a nearly straight fall, not rise and fall. And neither fits well: at one and the same
+# distance runs differ widely, so gold is no function of distance alone.
 #
 # And a warning from theory. Let the proxy $r$ be normal (mean 0, sd 1) and gold $a r - b r^2$ on
 # average. The exact tilt by $e^{\lambda r}$ moves $r$ to mean $\lambda$ at $KL = \lambda^2/2$, so
@@ -511,27 +512,30 @@ assert np.abs(moved - tilt).max() < 0.2
 
 # %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")
-curves = {}
+curves, grid = {}, np.linspace(0.005, 0.995, 199)
 for step in (10, 80):
     dial.controls["step"].value = step
     shares, moves = np.array(sorted(row[1:3] for row in dial.shown["bins"])).T
     curves[f"step {step}, measured"] = (shares, moves)
-    curves[f"step {step}, tilt of one k"] = (shares, tilt_moves(shares, dial.shown["k"]))
+    curves[f"step {step}, tilt of one k"] = (grid, tilt_moves(grid, dial.shown["k"]))
 dial.controls["step"].value = 10
 chart = {"more than 20 tokens": ("share before, p0", "share after minus before", curves)}
-Picture(
-    chart_figure(
-        "Near p0 = 1 there is no room. At step 80 the others used up all of theirs.", chart
-    )
-)
+said = "Near p0 = 1 there is no room. At step 80 the others used up all of theirs."
+figure = chart_figure(said, chart)
+ax = figure.axes[0]
+for groups, line in zip(ax.lines[::2], ax.lines[1::2], strict=True):
+    groups.set(ls="none", ms=10)  # nothing was measured between the groups
+    line.set(marker="")
+ax.legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+Picture(figure)
 
 # %% [markdown]
 # One contrast is clear: prompts with $p_0$ near 1 have **no room**, all others move far. The rising
 # side of the tilt is **not resolved**. Its fitted peak lies near 0.15, where this desk has no
 # prompts at this limit, and from 0.04 to 0.33 the measured move grows by about two standard
 # errors, between two *strata* that may differ in more than $p_0$. Room alone does not do it
-# either: it promises the groups near 0.33 too little. So the tilt of one $k$ is not refuted at
-# this limit; that is all.
+# either: it promises the groups near 0.33 too little (again between strata). So the tilt of one
+# $k$ is not refuted at this limit; that is all.
 #
 # **Turn the dials.** Each mark is a group of prompts.
 #
@@ -654,7 +658,8 @@ assert 0.02 < np.mean(alarms) < 0.22 and np.mean(careless) > np.mean(alarms)
 # on. Each of the 30 monitors watches answers that did *not* set its threshold (all records come
 # from one stock of answers, so the monitors are not independent). A watch with an alarm before
 # the change says nothing about it: we drop it, and say how many. And we need the row for **no**
-# traffic: what would have gone off anyway.
+# traffic: what would have gone off anyway. It is measured, since the threshold was set for watches
+# of 20 days from their start, not for these.
 #
 # **Predict.** At 0 %, 5 %, 20 % and 100 % of the traffic: in how many watches does the alarm go
 # off by day 30, and when?
@@ -707,7 +712,7 @@ assert np.median(rows[1.0][rows[1.0] > 0]) < np.median(rows[0.05][rows[0.05] > 0
 print("measured:")
 lines = {**traffic, "threshold": (range(1, 31), charted[1])}
 chart = {"length: one watch each": ("day (rollout from day 11)", "CUSUM, day sds (log)", lines)}
-figure = chart_figure("One watch of each: the sooner above the threshold, the more traffic.", chart)
+figure = chart_figure("One watch of each: the more traffic, the steeper the climb.", chart)
 figure.axes[0].set(yscale="symlog", ylim=(0, None))
 Picture(figure)
 
