@@ -78,12 +78,13 @@ def test_group_baselines_with_kl_in_the_reward_end_there_too(desk, ladder, kind,
 
 @pytest.fixture(scope="module")
 def grpo_end(desk):
-    """Where exact ascent ends with k3 in the loss and rewards over their sd: [P, N]."""
+    """Where exact ascent ends with k3 in the loss and rewards over their sd: [P, N]. (At a third
+    of this rate 150 steps stop half way: eight times the gradient is left.)"""
     model = deepcopy(desk.reference).requires_grad_(True)
-    optimiser, steps = FlatAdamW(model, lr=0.02), 150
+    optimiser, steps = FlatAdamW(model, lr=0.06), 150
     kinds = {"beta": 0.3, "place": "loss", "estimator": "k3", "scale_by_sd": True}
     for done in range(steps):
-        optimiser.lr = 0.02 * (1 - done / steps)
+        optimiser.lr = 0.06 * (1 - done / steps)
         optimiser.grad.copy_(-desk.gradient(model, **kinds))
         optimiser.step()
     with torch.no_grad():
@@ -93,19 +94,27 @@ def grpo_end(desk):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_grpo_with_k3_in_the_loss_has_an_end_of_its_own(desk, ladder, grpo_end, seed):
     """The sd turns the price beta into beta * sd of the rewards, which shrinks as the policy
-    agrees with itself: past pi* and below the frontier."""
+    agrees with itself: past pi* and below the frontier. Three of the four prompts are near that
+    end, twice as near as to pi*. The first, whose reference is the briefest, is not (TV near .5):
+    it has gone 3.6 of 5.0 nats, and after twice the steps 3.7."""
     config = settings(0.3, advantage="grpo", group=32, kl_place="loss", kl_estimator="k3")
     found = trained(desk, config, seed)
     best, stands = desk.optimum(0.3), desk.standing(found)
-    away, own = (float(total_variation(found, x).mean()) for x in (best, grpo_end))
+    away, own = (total_variation(found, x) for x in (best, grpo_end))
     kl, proxy = float(stands.kl.mean()), float(stands.proxy.mean())
-    over = proxy - float(desk.ceiling(kl))
-    what = f"TV to pi* {away:.2f}, to its own end {own:.2f}; "
-    what += f"KL {kl:.2f}, r {proxy:.2f}, over {over:.3f}"
-    held = away > 0.2 and own < away and kl > 2 * desk.standing(best).kl.mean() and over < -0.01
+    below = float(desk.ceiling(kl)) - proxy
+    what = "; ".join(
+        f"TV to {where} " + ", ".join(f"{x:.2f}" for x in tv)
+        for where, tv in (("pi*", away), ("its own end", own))
+    )
+    what += f"; KL {kl:.2f}, r {proxy:.2f}, {below:.3f} below the frontier"
+    near = own[1:].max() < 0.12 and own[1:].mean() < away[1:].mean() / 2
+    held = near and bool((own < away).all()) and away.mean() > 0.2
+    held = held and kl > 2 * desk.standing(best).kl.mean() and below > 0.01
     predicted = "not pi*: its own end (large group), KL doubled, below the frontier"
+    tolerance = "own end: 0.12 and, in the mean, half as far as pi*, prompts 2 to 4 (not the first)"
     setting = "GRPO as published (k3 in the loss, group 32), beta 0.3"
-    assert ladder.add(SECTION, setting, predicted, what, seed=seed, held=bool(held))
+    assert ladder.add(SECTION, setting, predicted, what, tolerance, seed=seed, held=bool(held))
 
 
 def test_best_of_n_stays_below_the_frontier_and_its_kl_below_the_bound(desk, ladder):
