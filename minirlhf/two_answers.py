@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf.battery import Changes, Trace
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.optim import FlatAdamW
 from minirlhf.ppo import PPO, price_and_credit
 from minirlhf.ppo_config import PPOConfig
 from minirlhf.rollout import Rollout
+from minirlhf.subject import Changes, Trace
 
 QUESTIONS = torch.tensor([[1, i // 4 % 2, i // 2 % 2, i % 2, 1] for i in range(8)])
 BITS = torch.tensor([0, 4, 2, 1, 0])

@@ -193,7 +193,7 @@ def test_what_was_not_measured_speaks_against():
     assert not line("x", math.nan, 1, 0.05).fits
 
 
-FRESH = range(100, 110)  # thresholds were set while looking at others
+FRESH = range(300, 310)  # thresholds were set while looking at others
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def test_nine_of_ten_planted_runs_are_named(ladder, name):
     words = f"at least 9 of 10 named {' and '.join(sorted(wanted))}, none wrongly"
     good = right >= 9 and not wrong
     assert ladder.add(
-        "L4 the mechanism battery", f"planted: {name}", words, right, held=good, seed="100-109"
+        "L4 the mechanism battery", f"planted: {name}", words, right, held=good, seed="300-309"
     ), wrong
 
 

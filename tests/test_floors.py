@@ -21,6 +21,7 @@ FLOORS = {
         "push",
         "whatif",
         "battery",
+        "subject",
         "two_answers",
         "spurious",
         "monitor",
@@ -52,7 +53,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 CORE = {"text", "model", "generate", "kl", "advantages", "rollout", "reward", "ppo", "oracle"}
 # PPO and rewards know nothing of customer support
 NO_SUPPORT = CORE | {"autopsy", "optim", "store", "metrics", "ppo_config", "critic"}
-NO_SUPPORT |= {"cores", "pocket", "bridge", "push", "whatif", "battery", "two_answers"}
+NO_SUPPORT |= {"cores", "pocket", "bridge", "push", "whatif", "battery", "subject", "two_answers"}
 SUPPORT = {"desk", "deskfile", "preferences"}
 DRAWING = {"matplotlib", "ipywidgets", "IPython", "PIL"}
 
