@@ -195,7 +195,7 @@ def test_the_run_before_the_middle_batch_draws_it_again(built):
     assert run.steps == step - 1
     drawn = run.rollout()[0].tensors()
     assert all(torch.equal(drawn[name], tensor) for name, tensor in logged.tensors().items())
-    with pytest.raises(StoreError, match="no file .*before"):
+    with pytest.raises(StoreError, match=r"no file .*before"):
         case.run_before(77)
 
 
