@@ -461,6 +461,35 @@ for times in (4, 16):
         print(f"    {found.why}") if times == 4 else None
 
 # %% [markdown]
+# **Predict.** Three more settings: take the batch's mean away (many codes centre advantages),
+# credit with $\lambda = 0.95$, leave the critic out. Which of them turns the sign of the verbose answers?
+# Which changes how far verbose and concise are apart?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+settings = {
+    "as it is": {},
+    "mean taken away": {"whiten_advantages": "shift_scale"},
+    "lambda 0.95": {"lam": 0.95},
+    "no critic": {"values": nothing},
+}
+apart = {}
+for name, changes in settings.items():
+    found = what_if(batch, stated, **changes)
+    total = {k: of["total"] for k, of in part_means(found.parts, mask, sides).items()}
+    apart[name] = total["verbose"] - total["concise"]
+    said = "  ".join(f"{k} {v:+.2f}" for k, v in total.items())
+    print(f"{name:16} {said}  apart {apart[name]:.2f}")
+print(found.why)
+assert abs(apart["mean taken away"] - apart["as it is"]) < 0.01
+
+# %% [markdown]
+# To take the mean away moves every advantage of the batch by the same amount: the verbose ones
+# change their sign, and nothing is decided by it, since what matters to the choice is the
+# distance. So "advantages are still positive" is evidence only together with how they were
+# whitened.
+
+# %% [markdown]
 # **Predict.** The same answers, scored by a reward model that was trained on the *same pairs*,
 # labelled by people who do not pay for length. What happens to both sides' advantages?
 
