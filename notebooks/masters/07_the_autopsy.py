@@ -462,8 +462,8 @@ for times in (4, 16):
 
 # %% [markdown]
 # **Predict.** Three more settings: take the batch's mean away (many codes centre advantages),
-# credit with $\lambda = 0.95$, leave the critic out. Which of them turns the sign of the verbose answers?
-# Which changes how far verbose and concise are apart?
+# credit with $\lambda = 0.95$, leave the critic out. Which of them turns the sign of the verbose
+# answers? Which changes how far verbose and concise are apart?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
