@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from checks import c03
+from exercises import written
 
-PATH = bn.NOTEBOOKS / "masters" / "03_the_reward_model.py"
+MASTER = "03_the_reward_model"
+SCOPE = {"np": np, "torch": torch}
 CHECKS = {
     "longer_wins": c03.check_longer_wins,
     "loss_gradient": c03.check_loss_gradient,
@@ -15,19 +17,10 @@ CHECKS = {
 }
 
 
-def written(change):
-    """The functions of the master's exercises, each edition made by `change`."""
-    scope = {"np": np, "torch": torch}
-    for cell in bn.read_master(PATH).cells:
-        if "exercise" in bn.tags(cell):
-            exec(change(cell.source), scope)
-    return scope
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_solution_is_right_and_stub_is_not_written(name):
-    assert CHECKS[name](written(bn.solved)[name]).startswith("right: ")
-    assert CHECKS[name](written(bn.student)[name]).startswith("not written yet: ")
+    assert CHECKS[name](written(MASTER, bn.solved, **SCOPE)[name]).startswith("right: ")
+    assert CHECKS[name](written(MASTER, bn.student, **SCOPE)[name]).startswith("not written yet: ")
 
 
 def sigma(x):

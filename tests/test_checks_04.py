@@ -6,8 +6,10 @@ import build_notebooks as bn
 import pytest
 import torch
 from checks import c04
+from exercises import written
 
-PATH = bn.NOTEBOOKS / "masters" / "04_the_kl_penalty.py"
+MASTER = "04_the_kl_penalty"
+SCOPE = {"math": math, "torch": torch}
 CHECKS = {
     "my_k3": c04.check_k3,
     "penalty_climb": c04.check_penalty_climb,
@@ -16,19 +18,10 @@ CHECKS = {
 }
 
 
-def written(change):
-    """The functions of the master's exercises, each edition made by `change`."""
-    scope = {"math": math, "torch": torch}
-    for cell in bn.read_master(PATH).cells:
-        if "exercise" in bn.tags(cell):
-            exec(change(cell.source), scope)
-    return scope
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_solution_is_right_and_stub_is_not_written(name):
-    assert CHECKS[name](written(bn.solved)[name]).startswith("right: ")
-    assert CHECKS[name](written(bn.student)[name]).startswith("not written yet: ")
+    assert CHECKS[name](written(MASTER, bn.solved, **SCOPE)[name]).startswith("right: ")
+    assert CHECKS[name](written(MASTER, bn.student, **SCOPE)[name]).startswith("not written yet: ")
 
 
 def k3(of):
@@ -150,7 +143,7 @@ def test_whatever_a_student_writes_becomes_one_sentence(name):
     def stops(*_):
         raise KeyError("nats")
 
-    right = written(bn.solved)[name]
+    right = written(MASTER, bn.solved, **SCOPE)[name]
     for function, word in (
         (stops, "stopped with KeyError"),
         (lambda: 1, "stopped with TypeError"),

@@ -4,8 +4,10 @@ import build_notebooks as bn
 import numpy as np
 import pytest
 from checks import c06
+from exercises import written
 
-PATH = bn.NOTEBOOKS / "masters" / "06_the_drift.py"
+MASTER = "06_the_drift"
+SCOPE = {"np": np}
 CHECKS = {
     "within_gain": c06.check_within_gain,
     "moved_share": c06.check_moved_share,
@@ -13,19 +15,10 @@ CHECKS = {
 }
 
 
-def written(change):
-    """The functions of the master's exercises, each edition made by `change`."""
-    scope = {"np": np}
-    for cell in bn.read_master(PATH).cells:
-        if "exercise" in bn.tags(cell):
-            exec(change(cell.source), scope)
-    return scope
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_solution_is_right_and_stub_is_not_written(name):
-    assert CHECKS[name](written(bn.solved)[name]).startswith("right: ")
-    assert CHECKS[name](written(bn.student)[name]).startswith("not written yet: ")
+    assert CHECKS[name](written(MASTER, bn.solved, **SCOPE)[name]).startswith("right: ")
+    assert CHECKS[name](written(MASTER, bn.student, **SCOPE)[name]).startswith("not written yet: ")
 
 
 def binned(weigh, *, union=False):

@@ -4,8 +4,10 @@ import build_notebooks as bn
 import pytest
 import torch
 from checks import c07
+from exercises import written
 
-PATH = bn.NOTEBOOKS / "masters" / "07_the_autopsy.py"
+MASTER = "07_the_autopsy"
+SCOPE = {"torch": torch}
 CHECKS = {
     "kl_part": c07.check_kl_part,
     "break_even": c07.check_break_even,
@@ -14,19 +16,10 @@ CHECKS = {
 }
 
 
-def written(change):
-    """The functions of the master's exercises, each edition made by `change`."""
-    scope = {"torch": torch}
-    for cell in bn.read_master(PATH).cells:
-        if "exercise" in bn.tags(cell):
-            exec(change(cell.source), scope)
-    return scope
-
-
 @pytest.mark.parametrize("name", CHECKS)
 def test_solution_is_right_and_stub_is_not_written(name):
-    assert CHECKS[name](written(bn.solved)[name]).startswith("right: ")
-    assert CHECKS[name](written(bn.student)[name]).startswith("not written yet: ")
+    assert CHECKS[name](written(MASTER, bn.solved, **SCOPE)[name]).startswith("right: ")
+    assert CHECKS[name](written(MASTER, bn.student, **SCOPE)[name]).startswith("not written yet: ")
 
 
 def charge(p, r, m, beta, gamma, lam, *, masked=True, steps=reversed):

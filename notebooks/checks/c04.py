@@ -4,42 +4,16 @@
 numbers are away from zero and differ, so that no two mistakes look alike.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checks.said import compare
 from minirlhf.kl import kl_k3, kl_tokens
 from minirlhf.oracle import net_advantages
-
-
-def _compare(
-    mine: Callable[[], Any], right: Tensor, praise: str, mistakes: Mapping[str, Tensor]
-) -> str:
-    """The sentence for what `mine` returns, given the right answer and those of mistakes."""
-    try:
-        found = mine()
-    except Exception as error:
-        return f"your function stopped with {type(error).__name__}: {error}"
-    if found is None:
-        return "not written yet: the function returns None"
-    if not isinstance(found, Tensor):
-        return f"a {type(found).__name__} came back; return a tensor"
-    if found.shape != right.shape:
-        return f"the shape is {list(found.shape)}, expected {list(right.shape)}"
-    found, right = found.detach().double(), right.double()
-    if not found.isfinite().all():
-        return "there are NaN or infinite entries: does something divide by 0 or take log(0)?"
-    if torch.allclose(found, right, atol=1e-5):
-        return f"right: {praise}"
-    for name, wrong in {"the sign is turned round: look again": -right, **mistakes}.items():
-        if torch.allclose(found, wrong.double(), atol=1e-5):
-            return name
-    where = int((found - right).abs().flatten().argmax())
-    got, want = found.flatten()[where].item(), right.flatten()[where].item()
-    return f"not yet: entry {where} is {got:.3f}, expected {want:.3f}"
 
 
 def check_k3(student: Callable[..., Any]) -> str:
@@ -62,7 +36,7 @@ def check_k3(student: Callable[..., Any]) -> str:
         "+ l has become - l: then its mean is minus KL": (-ratio).exp() - 1 - ratio,
     }
     praise = "never negative, 0 where both agree, and its mean is KL"
-    return _compare(lambda: student(a.clone(), b.clone()), kl_k3(a, b), praise, mistakes)
+    return compare(lambda: student(a.clone(), b.clone()), kl_k3(a, b), mistakes, praise=praise)
 
 
 def check_penalty_climb(student: Callable[..., Any]) -> str:
@@ -85,7 +59,9 @@ def check_penalty_climb(student: Callable[..., Any]) -> str:
     }
     praise = "it grows with the log-odds already moved, and is 0 at the reference"
     right = -beta * slope * far
-    return _compare(lambda: student(p.clone(), p0.clone(), beta.clone()), right, praise, mistakes)
+    return compare(
+        lambda: student(p.clone(), p0.clone(), beta.clone()), right, mistakes, praise=praise
+    )
 
 
 def check_charge(student: Callable[..., Any]) -> str:
@@ -119,7 +95,7 @@ def check_charge(student: Callable[..., Any]) -> str:
         return student(ratio.clone(), mask.clone(), how)
 
     for how, right in (("sum", total), ("mean", mean)):  # is each a number an answer at all?
-        said = _compare(partial(asked, how), right, "", {})
+        said = compare(partial(asked, how), right, {})
         if not said.startswith(("right", "the sign", "not yet")):
             return f'"{how}": {said}' if said.startswith(("a ", "the shape")) else said
 
@@ -127,7 +103,7 @@ def check_charge(student: Callable[..., Any]) -> str:
         return torch.stack([asked("sum"), asked("mean")])
 
     praise = "a longer answer hides its fork in the mean, not in the sum"
-    return _compare(both, torch.stack([total, mean]), praise, mistakes)
+    return compare(both, torch.stack([total, mean]), mistakes, praise=praise)
 
 
 def check_net_advantages(student: Callable[..., Any]) -> str:
@@ -162,4 +138,4 @@ def check_net_advantages(student: Callable[..., Any]) -> str:
     }
     right = torch.stack(net_advantages(p, p0, gap, beta))
     praise = "positive for V as long as p is below p*"
-    return _compare(lambda: student(p, p0, gap, beta), right, praise, mistakes)
+    return compare(lambda: student(p, p0, gap, beta), right, mistakes, praise=praise)

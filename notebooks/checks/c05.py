@@ -4,37 +4,14 @@
 random, seeded, away from zero, and differ between rows, so that no two mistakes look alike.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checks.said import compare
 from minirlhf.advantages import gae, rloo_advantages, whiten
-
-
-def _compare(mine: Callable[[], Any], right: Tensor, mistakes: Mapping[str, Tensor]) -> str:
-    """The sentence for what `mine` returns, given the right answer and those of mistakes."""
-    try:
-        found = mine()
-    except Exception as error:
-        return f"your function stopped with {type(error).__name__}: {error}"
-    if found is None:
-        return "not written yet: the function returns None"
-    if not isinstance(found, Tensor):
-        return f"a {type(found).__name__} came back; return a tensor"
-    if found.ndim == 0:
-        return f"one number came back; asked is one for every entry, shape {list(right.shape)}"
-    if found.shape != right.shape:
-        return f"the shape is {list(found.shape)}, expected {list(right.shape)}"
-    if not found.isfinite().all():
-        return "there are NaN or infinite entries: does something divide by 0?"
-    for name, wrong in {"right": right, **mistakes, "the sign is turned round": -right}.items():
-        if torch.allclose(found.to(right.dtype), wrong, atol=1e-4):
-            return f"{name}: {'as the library has it' if name == 'right' else 'look again'}"
-    where = (found - right).abs().flatten().argmax()
-    got, want = found.flatten()[where].item(), right.flatten()[where].item()
-    return f"not yet: entry {where.item()} is {got:.3f}, expected {want:.3f}"
 
 
 def _batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +57,7 @@ def check_backward_gae(student: Callable[..., Any]) -> str:
     }
     right = gae(rewards, values, mask, gamma=gamma, lam=lam)
     copies = rewards.clone(), values.clone(), mask.clone()
-    return _compare(lambda: student(*copies, gamma, lam), right, mistakes)
+    return compare(lambda: student(*copies, gamma, lam), right, mistakes)
 
 
 def _unexpecting(rewards: Tensor, values: Tensor, mask: Tensor, decay: float) -> Tensor:
@@ -110,7 +87,7 @@ def check_whiten_masked(student: Callable[..., Any]) -> str:
         ),
         "entries beyond the mask are not 0": (x - mean) / sd,
     }
-    return _compare(lambda: student(x.clone(), mask.clone()), whiten(x, mask), mistakes)
+    return compare(lambda: student(x.clone(), mask.clone()), whiten(x, mask), mistakes)
 
 
 def _by_row(x: Tensor, mask: Tensor) -> Tensor:
@@ -140,7 +117,7 @@ def check_leave_one_out(student: Callable[..., Any]) -> str:
             mixed - (mixed.sum(1, keepdim=True) - mixed) / 3
         ).T.flatten(),
     }
-    return _compare(lambda: student(returns.clone(), 4), rloo_advantages(returns, 4), mistakes)
+    return compare(lambda: student(returns.clone(), 4), rloo_advantages(returns, 4), mistakes)
 
 
 def check_clipped_surrogate(student: Callable[..., Any]) -> str:
@@ -172,4 +149,4 @@ def check_clipped_surrogate(student: Callable[..., Any]) -> str:
         "not clipped at all": ratio * a,
         "this is the loss: the surrogate is to be maximised, the sign is turned round": -right,
     }
-    return _compare(lambda: student(new.clone(), old.clone(), a.clone(), clip), right, mistakes)
+    return compare(lambda: student(new.clone(), old.clone(), a.clone(), clip), right, mistakes)

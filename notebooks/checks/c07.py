@@ -4,41 +4,16 @@
 random, seeded, away from zero, and differ between rows, so that no two mistakes look alike.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checks.said import compare
 from minirlhf.advantages import gae
 
 FULL = {"reward model": 3, "advantage": 2, "compared": 2, "brief": 1, "clip": 1, "proxy": 1}
-
-
-def _compare(mine: Callable[[], Any], right: Tensor, mistakes: Mapping[str, Tensor]) -> str:
-    """The sentence for what `mine` returns, given the right answer and those of mistakes."""
-    try:
-        found = mine()
-    except Exception as error:
-        return f"your function stopped with {type(error).__name__}: {error}"
-    if found is None:
-        return "not written yet: the function returns None"
-    if isinstance(found, int | float) and not right.shape:
-        found = torch.tensor(float(found))
-    if not isinstance(found, Tensor):
-        return (
-            f"a {type(found).__name__} came back; return a {'tensor' if right.shape else 'number'}"
-        )
-    if found.shape != right.shape:
-        return f"the shape is {list(found.shape)}, expected {list(right.shape)}"
-    if not found.isfinite().all():
-        return "there are NaN or infinite entries: does something divide by 0?"
-    for name, wrong in {"right": right, **mistakes, "the sign is turned round": -right}.items():
-        if torch.allclose(found.to(right.dtype), wrong, atol=1e-4):
-            return f"{name}: {'as the library has it' if name == 'right' else 'look again'}"
-    where = (found - right).abs().flatten().argmax()
-    got, want = found.flatten()[where].item(), right.flatten()[where].item()
-    return f"not yet: entry {where.item()} is {got:.3f}, expected {want:.3f}"
 
 
 def check_kl_part(student: Callable[..., Any]) -> str:
@@ -72,7 +47,7 @@ def check_kl_part(student: Callable[..., Any]) -> str:
     }
     given = logprobs.clone(), ref.clone(), mask.clone()
     right = part(ratio, beta, gamma * lam)
-    return _compare(lambda: student(*given, beta, gamma, lam), right, mistakes)
+    return compare(lambda: student(*given, beta, gamma, lam), right, mistakes)
 
 
 def check_break_even(student: Callable[..., Any]) -> str:
@@ -86,7 +61,7 @@ def check_break_even(student: Callable[..., Any]) -> str:
         "a product, where a price is asked for": torch.tensor((sv - sc) * (kv - kc)),
         "the nats are added, not compared": torch.tensor((sv - sc) / (kv + kc)),
     }
-    return _compare(lambda: student(sv, sc, kv, kc), right, mistakes)
+    return compare(lambda: student(sv, sc, kv, kc), right, mistakes)
 
 
 def check_token_pushes(student: Callable[..., Any]) -> str:
@@ -106,7 +81,7 @@ def check_token_pushes(student: Callable[..., Any]) -> str:
         "only the sign of the weights is used": lr * weights.sign() * inner,
     }
     copies = gradients.clone(), weights.clone(), target.clone()
-    return _compare(lambda: student(*copies, lr), lr * weights * inner, mistakes)
+    return compare(lambda: student(*copies, lr), lr * weights * inner, mistakes)
 
 
 def check_marks(student: Callable[[], Any]) -> str:
