@@ -30,10 +30,9 @@ def compare(
     if not isinstance(found, Tensor):
         wanted = "tensor" if right.shape else "number"
         return f"a {type(found).__name__} came back; return a {wanted}"
-    if found.shape != right.shape and found.numel() == 1:
-        return f"one number came back, one per entry is wanted: {list(right.shape)}"
     if found.shape != right.shape:
-        return f"the shape is {list(found.shape)}, expected {list(right.shape)}"
+        more = ": one number came back, one for every entry is asked" * (found.numel() == 1)
+        return f"the shape is {list(found.shape)}, expected {list(right.shape)}{more}"
     found, right = found.detach().double(), right.double()
     if not found.isfinite().all():
         return "there are NaN or infinite entries: does something divide by 0 or take log(0)?"
