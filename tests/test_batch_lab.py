@@ -13,7 +13,7 @@ from PIL import Image
 
 from minirlhf.autopsy import Convention, split
 from minirlhf.lab import batch_plots
-from minirlhf.lab.batch import FIRST_WHY, BatchPanel
+from minirlhf.lab.batch import BEFORE, FIRST_WHY, BatchPanel
 from minirlhf.lab.batch_plots import (
     concentration,
     fork,
@@ -24,6 +24,7 @@ from minirlhf.lab.batch_plots import (
     waterfall_figure,
 )
 from minirlhf.lab.live import Panel
+from minirlhf.lab.plots import BLUE, ORANGE, VERMILLION
 from minirlhf.model import response_logprobs, response_outputs
 from minirlhf.ppo import PPO
 from minirlhf.ppo_config import PPOConfig
@@ -215,6 +216,24 @@ def test_a_smaller_epsilon_cuts_more_tokens(ready, panel):
     assert panel.progress.value == panel.progress.max == run.config.epochs * 2
 
 
+def test_length_is_the_push_before_any_clip_at_every_epsilon(ready, panel):
+    """What a small epsilon leaves of the push is no measure of where the update went."""
+    _, batch = ready
+    first = panel.shown["length"]
+    moves = {k: float((w * batch.advantages).sum()) for k, w in panel._lengths.items()}
+    assert first == pytest.approx(moves) and all(first.values())
+    for panel.controls["eps"].value in (0.02, 0.1, 0.8):
+        panel.wait()
+        assert panel.shown["length"] == first
+        left = panel._moves(panel.seen)
+        assert left != first, "there would be nothing to mix up"
+        assert BEFORE in panel.live.alt and f"one step, seen on these answers; {BEFORE}." in (
+            panel.live.view.value
+        )
+    panel.controls["beta"].value = 0.0  # beta moves it, at any epsilon
+    assert panel.shown["length"] != first
+
+
 def test_an_update_is_reused_and_says_so_where_beta_has_moved(ready, panel):
     panel.controls["eps"].value = 0.1
     panel.wait()
@@ -396,4 +415,8 @@ def test_the_clip_cuts_rising_tokens_above_and_falling_ones_below():
     advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     said = ratio_figure(ratio, advantages, 0.2).get_label()
     assert "50% of those with an advantage above 0, 33% of those with an advantage below" in said
-    assert batch_plots.SIDE["verbose"]["color"] != batch_plots.SIDE["concise"]["color"]
+
+
+def test_the_colours_of_the_sides_are_not_those_of_up_and_down():
+    sides = {look["color"] for look in batch_plots.SIDE.values()}
+    assert len(sides) == 2 and not sides & {BLUE, ORANGE, VERMILLION}

@@ -3,7 +3,9 @@
 They drive, together and in one frame, the words' heat map, the batch's, the advantages in parts,
 the positive share and what the batch does to length. beta and length bias price the same answers
 anew at every move. epsilon takes the real update again, on a copy and on a thread of its own,
-when its handle is let go. Every what-if says on screen how exact it is.
+when its handle is let go: the words, both pictures and the share then show the push that is left
+at the end of that update. Length does not follow epsilon: a push that is left is not the way that
+was gone, it may even point back. Every what-if says on screen how exact it is.
 
 Which answers another setting would have led to, one batch cannot tell. Left out: what made the
 batch (whatif.reconcile), the drawing and the still figures (batch_plots.py).
@@ -39,6 +41,8 @@ RUNNING = "the update is being taken again; until it is there, nothing is cut"
 NONE_YET = "no update with this epsilon yet, so nothing is cut: press the button"
 ABOVE = '<div style="height:248px;overflow:auto">{}{}</div>'  # one height: nothing below jumps
 LINE = '<p style="margin:0;line-height:1.3;font-size:13px"><b>{}</b>: {}.</p>'
+BEFORE = "before any clip, whatever epsilon is"
+LEFT = "words, pictures and shares show the push that is left"
 AGAIN, CANCEL = "take the update again", "cancel the update"
 
 
@@ -179,16 +183,17 @@ class BatchPanel(Panel):
         rows, self.seen = self._rows(stratum), parts.total
         chosen = {k: (self.seen[x], self._batch.mask[x]) for k, x in rows.items()}
         share = {k: float((x[mask] > 0).double().mean()) for k, (x, mask) in chosen.items()}
-        sides, moves = part_means(parts, self._batch.mask, rows), self._moves(self.seen)
+        sides, moves = part_means(parts, self._batch.mask, rows), self._moves(found.parts.total)
         self.shown = {"sides": sides, "positive": share, "length": moves, **found.figures}
         self._drawn.draw(sides, share, moves, chosen)
-        whys = {"beta, length bias": found.why, "epsilon": said, "length": self._why}
+        whys = {"beta, length bias": found.why, "epsilon": said, "length": f"{self._why}; {BEFORE}"}
         self.page.text = ABOVE.format(self._map(rows), _lines(whys))
         up = ", ".join(f"{k} {x:.0%}" for k, x in share.items())
         length = ", ".join(f"{k} {x:+.2f}" for k, x in moves.items())
         return (
             f"Beta {beta:.3f}, length bias {bias}, epsilon {eps or FIRST}; {stratum} prompts. "
-            f"{waterfall_said(sides)}. Tokens pushed up: {up}. Length, {self._unit}: {length}."
+            f"{waterfall_said(sides)}. Tokens pushed up: {up}. "
+            f"Length, {self._unit}, {BEFORE}: {length}."
         )
 
     def _map(self, rows: Mapping[str, Tensor]) -> str:
@@ -226,7 +231,7 @@ class BatchPanel(Panel):
         self.cut_share = float((slope == 0)[self._batch.mask].double().mean())
         said = f"the clip has cut {self.cut_share:.0%} of the tokens"
         if at == dials:
-            return slope, f"exact: the real update, taken again on a copy; at its end {said}"
+            return slope, f"exact: the real update, taken again on a copy; at its end {said}; {LEFT}"
         where = f"beta {at.beta:.3f}, length bias {at.bias}"
         return slope, f"approximate: {said} at the end of the update with {where}; press the button"
 

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from minirlhf.advantages import AdvantageParts
 from minirlhf.lab.heatmap import ENDS
-from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, ORANGE, VERMILLION, blank, tidy
+from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, blank, tidy
 from minirlhf.lab.updates import BINS, _counts
 from minirlhf.model import Transformer, response_outputs
 from minirlhf.rollout import Rollout
 
-SIDE: dict[str, dict[str, Any]] = {
-    "verbose": {"color": VERMILLION},
-    "concise": {"color": BLUE, "hatch": "//", "edgecolor": "white"},
+SIDE: dict[str, dict[str, Any]] = {  # no blue and no orange: they say up and down (SIGNS)
+    "verbose": {"color": PURPLE},
+    "concise": {"color": GREEN, "hatch": "//", "edgecolor": "white"},
 }
 SIGNS = LinearSegmentedColormap.from_list(
     "signs", [tuple(c / 255 for c in end) for end in (ENDS["n"], (255, 255, 255), ENDS["p"])]
