@@ -203,7 +203,7 @@ def drift(options: Any) -> int:
     import pandas as pd
 
     from minirlhf.lab.plots import drift_figure
-    from minirlhf.lab.report import report_html
+    from minirlhf.lab.report import QUICK, report_html
     from minirlhf.store import write_atomic, write_text
 
     figure = drift_figure(summary)
@@ -215,6 +215,7 @@ def drift(options: Any) -> int:
     print_evaluations(summary, print)
     print_answers(run.answers, print)
     print_seconds(summary, run.metrics, print)
+    print(f"\n{QUICK}" * options.quick)
     print(f"\nWritten to {options.out}: report.html, drift.png, summary.json and the rest")
     return 0
 

@@ -122,7 +122,11 @@ DRIFT = (
         _batch("kl_share_top_decile"),
         low=0.60,
     ),
-    Claim("fact a: that gap, lower limit of its 95 % interval", _limit("phrase", "gap"), low=1e-9),
+    Claim(
+        "fact a: one courtesy phrase, lower limit of its 95 % interval (reward sd)",
+        _limit("phrase", "gap"),
+        low=1e-9,
+    ),
     Claim(
         "fact b: log-ratio, verbose minus concise, lower limit (nats)",
         _limit("kl", "gap"),

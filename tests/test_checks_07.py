@@ -81,6 +81,8 @@ WRONG = [
     ("my_marks", lambda: ({"reward model": 3}, 0), "points are asked for"),
     ("my_marks", lambda: ({**c07.FULL, "clip": 2}, 0), "clip: 2 points, of 0 to 1"),
     ("my_marks", lambda: (c07.FULL, -1), "counted from 0"),
+    ("my_marks", lambda: ({**c07.FULL, "clip": "2"}, 0), "are numbers"),
+    ("break_even", lambda a, b, c, d: (a - b) / (abs(c) + abs(d)), "added"),
 ]
 
 

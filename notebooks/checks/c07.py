@@ -52,7 +52,7 @@ def check_kl_part(student: Callable[..., Any]) -> str:
 
 def check_break_even(student: Callable[..., Any]) -> str:
     """Exercise 2: the price at which two answers net the same."""
-    sv, sc, kv, kc = 1.7, 0.4, 5.0, -1.5
+    sv, sc, kv, kc = 1.7, 0.4, 5.0, 1.5
     right = torch.tensor((sv - sc) / (kv - kc))
     mistakes = {
         "the concise answer's nats are forgotten": torch.tensor((sv - sc) / kv),
@@ -97,6 +97,8 @@ def check_marks(student: Callable[[], Any]) -> str:
     points, mistakes = found
     if points.keys() != FULL.keys():
         return f"points are asked for: {', '.join(FULL)}"
+    if not all(isinstance(x, int | float) for x in (*points.values(), mistakes)):
+        return "points and mistakes are numbers"
     for name, given in points.items():
         if not 0 <= given <= FULL[name]:
             return f"{name}: {given} points, of 0 to {FULL[name]}"

@@ -189,8 +189,10 @@ assert 1 / 8 < -means["verbose"]["kl"] / means["verbose"]["reward"] < 1 / 5
 Picture(waterfall_figure(means))
 
 # %% [markdown]
-# About a sixth of it. The penalty has the right sign, on both sides, and it is small. Now in the
-# unit in which the run was set up, reward sd, per answer:
+# About a sixth of it. The penalty has the right sign, on both sides, and it is small. The critic
+# takes more: after a courtesy it expects a good score, and what was expected earns nothing. It
+# favours nobody by that; it is the same score seen earlier. Now in the unit in which the run was
+# set up, reward sd, per answer:
 
 # %%
 log_ratio = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0).sum(1)
@@ -285,6 +287,7 @@ def show_map(row):
     rows = torch.tensor([row])
     limit, stops = float(parts.total[mask].abs().quantile(0.95)), passed_up(batch)[rows]
     given = {"unit": "unit of advantages", "limit": limit, "stops": stops}
+    given["titles"] = [f"answer {row}"]
     one.value = heat_map([words[row]], parts.total[rows], mask[rows], **given)
 
 
@@ -305,30 +308,38 @@ answers.choose(0)
 # back to each word, and the critic takes the same expectation from all of them, more or less. The
 # words did not earn it one by one; the answer did.
 #
-# **Predict.** And the penalty: is it paid word by word, or at a few of them?
+# The penalty is another matter: in notebook 04 a few tokens of a batch paid nearly all of it.
+#
+# **Predict.** Which words of the verbose answer above are they?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
-sizes = (batch.logprobs - batch.ref_logprobs)[mask].abs().sort(descending=True).values
+row = int(shown[0])
+paid = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0)
+for t in paid[row].abs().argsort(descending=True)[:3].tolist():
+    print(f"token {t:2}, {words[row][t]!r}: {paid[row, t]:+.1f} nats of {paid[row].sum():.1f}")
+sizes = paid[mask].abs().sort(descending=True).values
 tenth = float(sizes[: len(sizes) // 10].sum() / sizes.sum())
-print(f"the top tenth of the tokens holds {tenth:.0%} of all |log-ratio|")
+print(f"in the whole batch the top tenth of the tokens holds {tenth:.0%} of all |log-ratio|")
 assert tenth > 0.6
-Picture(lorenz_figure((batch.logprobs - batch.ref_logprobs)[mask]))
+Picture(lorenz_figure(paid[mask]))
 
 # %% [markdown]
-# At a few. They are the **forks**: where the reference was undecided between a short answer and a
-# courtesy, or would rather have stopped. Take the largest one of the verbose answer above.
+# They are the **forks**: where the reference was undecided, or would rather have stopped. Take the
+# largest one.
 
 # %%
-row = int(shown[0])
-at = int(torch.where(mask[row], batch.logprobs[row] - batch.ref_logprobs[row], -9.0).argmax())
+at = int(paid[row].argmax())
 policy, reference, earned = fork(run.policy, case.reference, batch, row, at)
 print(f"after: {' '.join(words[row][:at]) or '(the start of the answer)'}")
 print(f"the policy said {words[row][at]!r}: {policy[batch.responses[row, at]]:.2f},", end=" ")
 print(f"reference {reference[batch.responses[row, at]]:.2f}")
+print(f"to stop here: policy {policy[run.eos]:.2f}, reference {reference[run.eos]:.2f}")
 Picture(fork_figure(names, policy, reference, earned))
 
 # %% [markdown]
+# Here everything has been said, the reference would stop, and the policy says it a second time.
+#
 # The penalty is paid once, there. Every token that follows is free, and is still paid the score.
 # That is why a *mean over tokens* shows so little of the penalty.
 #
@@ -395,8 +406,12 @@ for side, found in with_adam.items():
     said = "  ".join(f"{k} {v:+.3f}" for k, v in found.parts.items() if abs(v) > 1e-9)
     print(f"{side}: predicted {found.total:+.3f} nats, measured {found.measured:+.3f} = {said}")
 assert with_adam["verbose"].total > 0 > with_adam["concise"].total
+assert with_adam["verbose"].memory > with_adam["verbose"].parts["reward"] / 2
 
 # %% [markdown]
+# A large part of a step is memory: the batches before had pushed the same way. What *this* batch
+# adds is the rest, and its parts compare as above.
+#
 # Now by token. A *fork* is where the reference's entropy is half a nat or more, *answer* the word
 # that states the fact, *EOS* the stop, *filler* the rest.
 
@@ -428,7 +443,7 @@ assert lifting["eos"] < 0 < lifting["filler"]
 # would have led to, no batch can tell.
 #
 # **Predict.** At which beta does the verbose answers' mean advantage turn negative: at twice the
-# price, at four times, at ten times? And do they then stand below the concise ones?
+# price, at four times, at sixteen times? And do they then stand below the concise ones?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -437,8 +452,7 @@ for times in (0, 1, 2, 4, 8, 16):
     found = part_means(what_if(batch, stated, **changes).parts, mask, sides)
     said = "  ".join(f"{side} {of['total']:+.2f}" for side, of in found.items())
     print(f"beta x {times:2}: {said}")
-price = break_even(score["verbose"], score["concise"], nats["verbose"], nats["concise"])
-price = price or gap / (nats["verbose"] - nats["concise"])  # before exercise 2 is written
+price = gap / (nats["verbose"] - nats["concise"])  # as in exercise 2
 print(f"per answer they net the same at beta x {price / stated.beta:.1f}")
 
 # %% [markdown]
@@ -509,7 +523,9 @@ assert turned["verbose"]["total"] < 0 < turned["concise"]["total"]
 # each dial is one reward model, trained once.
 #
 # **Turn the dials.** All three act on the same batch, together. Each says whether it is exact.
-# Epsilon takes the real update again when you let go; in the first minibatch it is without effect.
+# Epsilon takes the real update again when you let go (the button repeats it for other settings of
+# the dials); in the first minibatch it is without effect. *stratum* chooses brief or detailed
+# prompts, *critic refitted* lets the critic follow.
 
 # %% jupyter={"source_hidden": true}
 from minirlhf.lab.batch import BatchPanel
@@ -566,8 +582,9 @@ controls["eps"].value = start["eps"]
 # what it measures against what each mechanism predicts, and says so when none fits, or several.
 #
 # **Predict.** Our settings: KL in the reward, k1, beta 0.07, one courtesy phrase worth half an
-# sd. Which of these will it name: a wrong estimator; a penalty that has no gradient; whitening
-# before KL; a reference that moves; or a right penalty, and too small a price?
+# sd. Which will it name: `k3 as a loss`, `book-literal penalty` (no gradient), `scores whitened
+# before KL`, `moving reference`, `GRPO-std` (a group's sd hides the size of the gap), or `small
+# beta, correct KL`?
 
 # %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")  # policies trained here differ in their last digits between processors
@@ -580,6 +597,10 @@ print(verdict.table())
 assert verdict.causes == {"small beta, correct KL"}
 
 # %% [markdown]
+# How to read it: a line is a symptom, what was measured, and what the named mechanism predicts for
+# it. *mean p* is the mean share of verbose answers at the end of a run. Below stand the other
+# mechanisms, each with its first symptom that does not fit.
+#
 # Nothing is broken. The penalty pulls as its formula says, and policies end where theory puts
 # them: at odds $e^{\Delta r/\beta}$ times the reference's. For this gap and this price that is far
 # away. With a gap of 0 nothing moves: the reward model is the root, the price decides how far.
