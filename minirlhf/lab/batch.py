@@ -193,7 +193,7 @@ class BatchPanel(Panel):
         return (
             f"Beta {beta:.3f}, length bias {bias}, epsilon {eps or FIRST}; {stratum} prompts. "
             f"{waterfall_said(sides)}. Tokens pushed up: {up}. "
-            f"Length, {self._unit}, {BEFORE}: {length}."
+            f"Length, {self._unit}{f', {BEFORE}' if eps else ''}: {length}."
         )
 
     def _map(self, rows: Mapping[str, Tensor]) -> str:
@@ -231,7 +231,8 @@ class BatchPanel(Panel):
         self.cut_share = float((slope == 0)[self._batch.mask].double().mean())
         said = f"the clip has cut {self.cut_share:.0%} of the tokens"
         if at == dials:
-            return slope, f"exact: the real update, taken again on a copy; at its end {said}; {LEFT}"
+            how = "exact: the real update, taken again on a copy; at its end"
+            return slope, f"{how} {said}; {LEFT}"
         where = f"beta {at.beta:.3f}, length bias {at.bias}"
         return slope, f"approximate: {said} at the end of the update with {where}; press the button"
 
