@@ -40,7 +40,7 @@ def kl(p, p0):
 
 def charged(total, mean):
     """A charge from two functions of (log_ratio, mask)."""
-    return lambda log_ratio, mask, how: (total if how == "sum" else mean)(log_ratio, mask)
+    return lambda log_ratio, mask, how: (total if how == "sequence_sum" else mean)(log_ratio, mask)
 
 
 def added(x, mask):
@@ -96,7 +96,7 @@ MISTAKES = [
         "absolute values",
     ),
     ("charge", charged(lambda x, m: -added(x, m), lambda x, m: -averaged(x, m)), "the sign is"),
-    ("charge", charged(added, lambda x, m: x[m].mean()), '"mean": the shape is [], expected [3]'),
+    ("charge", charged(added, lambda x, m: x[m].mean()), '"token_mean": the shape is [], expected'),
     ("charge", charged(added, lambda *_: None), "not written yet"),
     (
         "net_advantages",

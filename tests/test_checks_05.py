@@ -36,6 +36,32 @@ def loop(r, v, m, gamma, lam, *, masked=True, sign=1.0, order=reversed):
     return out
 
 
+def multiplied(carry=True, value=True, delta=True, shown=True, kept=False):
+    """The backward loop with the mask multiplied in here and there, nothing skipped."""
+
+    def f(r, v, m, gamma, lam):
+        out, m = torch.zeros_like(r), m.float()
+        running = after = torch.zeros(len(r))
+        for t in reversed(range(r.shape[1])):
+            here, before = m[:, t], after
+            td = (r[:, t] + gamma * after - v[:, t]) * (here if delta else 1)
+            running = (td + gamma * lam * running) * (here if carry else 1)
+            after = v[:, t] * (here if value else 1)
+            after = torch.where(here > 0, after, before) if kept else after
+            out[:, t] = running * (here if shown else 1)
+        return out
+
+    return f
+
+
+def carried_over(r, v, m, gamma, lam):
+    """Right, but a hole shows what was carried over it."""
+    out = loop(r, v, m, gamma, lam)
+    for t in reversed(range(out.shape[1] - 1)):
+        out[:, t] = torch.where(m[:, t], out[:, t], out[:, t + 1])
+    return out
+
+
 def in_masked(f):
     """What an unmasked `f` gives, with zeros put behind it."""
     return lambda r, v, m, g, k: torch.where(m, f(r, v, m, g, k), 0.0)
@@ -81,6 +107,29 @@ MISTAKES = [
     ("backward_gae", in_masked(zeroed), "still discount"),
     ("backward_gae", lambda r, v, m, g, k: loop(r, v, m, g, 1.0), "lambda is left out"),
     ("backward_gae", lambda r, v, m, g, k: loop(r, v, m, 1.0, k), "gamma is left out"),
+    ("backward_gae", multiplied(), "the hole is a stop (multiplied by 0?); the value behind"),
+    ("backward_gae", multiplied(delta=False), "the hole is a stop"),
+    (
+        "backward_gae",
+        multiplied(value=False),
+        "the hole is a stop (multiplied by 0?); the value of",
+    ),
+    ("backward_gae", multiplied(kept=True), "the hole is a stop (multiplied by 0?)"),
+    (
+        "backward_gae",
+        multiplied(carry=False),
+        "discounts once more, as if a token stood there; the",
+    ),
+    ("backward_gae", multiplied(carry=False, kept=True), "a hole discounts once more"),
+    ("backward_gae", multiplied(carry=False, value=False), "value of a hole or of padding"),
+    ("backward_gae", multiplied(carry=False, shown=False), "a hole has an advantage"),
+    ("backward_gae", carried_over, "a hole has an advantage: where the mask is False it is 0"),
+    ("backward_gae", lambda r, v, m, g, k: loop(r, v, m, 1.0, g * k), "missing in the TD error"),
+    (
+        "backward_gae",
+        lambda r, v, m, g, k: loop(r, v, m, g, k / g),
+        "gamma is missing in what is carried",
+    ),
     ("backward_gae", lambda r, v, m, g, k: loop(r, v, m, g, 0.0), "one step only"),
     ("backward_gae", lambda r, v, m, g, k: loop(r, v, m, g, k, order=iter), "forward in time"),
     ("backward_gae", lambda r, v, m, g, k: loop(r, v, m, g, k, sign=-1.0), "wrong sign"),
@@ -131,6 +180,11 @@ MISTAKES = [
         "clipped_surrogate",
         lambda n, o, a, c: other_ratio(n, o, a, c, ratio=n - o),
         "exp is missing",
+    ),
+    (
+        "clipped_surrogate",
+        lambda n, o, a, c: other_ratio(n, o, a, c, ratio=n / o),
+        "a ratio of log-probs",
     ),
     (
         "clipped_surrogate",

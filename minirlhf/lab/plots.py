@@ -100,6 +100,7 @@ def chart_figure(said: str, charts: Mapping[str, Chart]) -> Figure:
         place: Any = {"loc": "outside lower center", "ncols": 3}
         figure.legend(*axes[0].get_legend_handles_labels(), fontsize=12, frameon=False, **place)
     figure.set_label(said)
+    figure.draw_without_rendering()  # ticks settle: the next layout knows how wide their labels are
     return figure
 
 

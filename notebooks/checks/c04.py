@@ -80,7 +80,9 @@ def check_charge(student: Callable[..., Any]) -> str:
         ),
         "sum and mean are swapped": torch.stack([mean, total]),
         "both are sums: `how` is not used": torch.stack([total, total]),
-        "both are means: `how` is not used": torch.stack([mean, mean]),
+        "both are means: `how` is not used, or compared with another name": torch.stack(
+            [mean, mean]
+        ),
         "the mean is over all tokens of the batch: long answers weigh more": (
             torch.stack([total, total / mask.sum()])
         ),
@@ -94,13 +96,16 @@ def check_charge(student: Callable[..., Any]) -> str:
     def asked(how: str) -> Any:
         return student(ratio.clone(), mask.clone(), how)
 
-    for how, right in (("sum", total), ("mean", mean)):  # is each a number an answer at all?
+    for how, right in (
+        ("sequence_sum", total),
+        ("token_mean", mean),
+    ):  # is each a number an answer at all?
         said = compare(partial(asked, how), right, {})
         if not said.startswith(("right", "the sign", "not yet")):
             return f'"{how}": {said}' if said.startswith(("a ", "the shape")) else said
 
     def both() -> Tensor:
-        return torch.stack([asked("sum"), asked("mean")])
+        return torch.stack([asked("sequence_sum"), asked("token_mean")])
 
     praise = "a longer answer hides its fork in the mean, not in the sum"
     return compare(both, torch.stack([total, mean]), mistakes, praise=praise)

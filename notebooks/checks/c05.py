@@ -45,6 +45,12 @@ def check_backward_gae(student: Callable[..., Any]) -> str:
         ),
         "lambda is left out": wrong(rewards, values, mask, gamma, 1.0),
         "gamma is left out": wrong(rewards, values, mask, 1.0, lam),
+        "gamma is missing in the TD error: it is r + gamma V_{t+1} - V": wrong(
+            rewards, values, mask, 1.0, gamma * lam
+        ),
+        "gamma is missing in what is carried back: it is gamma lambda A_{t+1}": wrong(
+            rewards, values, mask, gamma, lam / gamma
+        ),
         "one step only, nothing is carried back": wrong(rewards, values, mask, gamma, 0.0),
         "the loop runs forward in time": forward,
         "the values have the wrong sign": plus,
@@ -54,6 +60,7 @@ def check_backward_gae(student: Callable[..., Any]) -> str:
         "these are the returns (advantage plus value)": torch.where(
             mask, gae(rewards, values, mask, gamma=gamma, lam=lam) + values, 0.0
         ),
+        **_holes(rewards, values, mask, gamma, lam),
     }
     right = gae(rewards, values, mask, gamma=gamma, lam=lam)
     copies = rewards.clone(), values.clone(), mask.clone()
@@ -64,6 +71,45 @@ def _unexpecting(rewards: Tensor, values: Tensor, mask: Tensor, decay: float) ->
     """The backward loop over r - V: GAE that expects nothing after a token."""
     nothing = torch.zeros_like(rewards)
     return gae(torch.where(mask, rewards - values, 0.0), nothing, mask, gamma=decay, lam=1.0)
+
+
+# what becomes, at a token that is not there, of the advantage and of the value behind it
+CARRIED = {
+    "kept": "",
+    "stopped": "the advantage behind a hole is lost: the hole is a stop (multiplied by 0?)",
+    "decayed": "a hole discounts once more, as if a token stood there",
+}
+EXPECTED = {
+    "kept": "",
+    "lost": "the value behind a hole is lost (multiplied by 0?): the next value is that of the "
+    "next token that is there",
+    "leaked": "the value of a hole or of padding is expected: the next value is that of the next "
+    "token that is there",
+}
+
+
+def _holes(rewards: Tensor, values: Tensor, mask: Tensor, g: float, k: float) -> dict[str, Tensor]:
+    """What the backward loop gives if holes are not skipped, by the name of the mistake."""
+    found = {}
+    for carried, said in CARRIED.items():
+        for expected, says in EXPECTED.items():
+            running = after = torch.zeros(len(rewards))
+            shown = torch.zeros_like(rewards)
+            for t in reversed(range(rewards.shape[1])):
+                here, behind = mask[:, t], running
+                delta = rewards[:, t] + g * after - values[:, t]
+                idle = {"kept": behind, "stopped": 0 * behind, "decayed": g * k * behind}
+                running = torch.where(here, delta + g * k * behind, idle[carried])
+                beyond = {"kept": after, "lost": 0 * after, "leaked": values[:, t]}
+                after = torch.where(here, values[:, t], beyond[expected])
+                shown[:, t] = running
+            name = "; ".join(filter(None, (said, says)))
+            if name:
+                found[name] = torch.where(mask, shown, 0.0)
+            if carried != "stopped":  # a hole may show what was carried over it
+                own = "a hole has an advantage: where the mask is False it is 0"
+                found["; ".join(filter(None, (name, own)))] = shown
+    return found
 
 
 def check_whiten_masked(student: Callable[..., Any]) -> str:
@@ -128,7 +174,7 @@ def check_clipped_surrogate(student: Callable[..., Any]) -> str:
     new, clip = old + ratio.log(), 0.2
     bounded = ratio.clamp(1 - clip, 1 + clip)
     right = torch.minimum(ratio * a, bounded * a)
-    turned, apart = 1 / ratio, new.exp() - old.exp()
+    turned, apart, logs = 1 / ratio, new.exp() - old.exp(), new / old
     mistakes = {
         "the ratio is upside down (old over new)": torch.minimum(
             turned * a, turned.clamp(1 - clip, 1 + clip) * a
@@ -140,6 +186,9 @@ def check_clipped_surrogate(student: Callable[..., Any]) -> str:
         "only the lower side is clipped": ratio.clamp(min=1 - clip) * a,
         "the log-ratio is clipped at +-clip, not the ratio at 1 +- clip": torch.minimum(
             ratio * a, ratio.log().clamp(-clip, clip).exp() * a
+        ),
+        "a ratio of log-probs: rho is a ratio of probabilities, exp of the logs' difference": (
+            torch.minimum(logs * a, logs.clamp(1 - clip, 1 + clip) * a)
         ),
         "a difference of probabilities, not their ratio": torch.minimum(
             apart * a, apart.clamp(1 - clip, 1 + clip) * a

@@ -150,7 +150,7 @@ loss = bradley_terry_loss(gap, torch.zeros(())) * len(gap)  # undo the mean: one
 each = -torch.nn.functional.logsigmoid(gap.detach())
 x = gap.detach().numpy()
 right, wrong = slope[80].item(), slope[20].item()  # gaps of +3 and -3
-said = f"The pull on a pair falls from {wrong:.2f} at a gap of -3 to {right:.2f} at +3."
+said = f"The pull on a pair falls from {-wrong:.2f} at a gap of -3 to {-right:.2f} at +3."
 scale = "score of the winner minus score of the loser"
 pull = "pull on the winner's score, nats a point"
 curves = {"loss, nats": (x, each.numpy()), pull: (x, -slope.numpy())}
@@ -558,8 +558,8 @@ for name in DIALS:
 # Nothing, at no dial. The network *can* read the record: the same trunk copies the fact in
 # notebook 02. Checking a value means comparing two places of the text, which may be harder to
 # learn than counting; whether more pairs or fewer skimming labelers would do it is not settled
-# here. We report it as we found it: a reward model may be calibrated, near its ceiling, and blind
-# to the one thing that matters most.
+# here. We report it as we found it: a reward model may be calibrated, a little above the length
+# ruler, and blind to the one thing that matters most.
 #
 # ## 10 Would balancing the labels do?
 #

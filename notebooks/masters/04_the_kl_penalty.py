@@ -27,7 +27,8 @@ print(f"a run of {run.steps[-1]} PPO steps with beta {run.summary['config']['ppo
 # ## 1 Zero at the start, however unlikely the text
 #
 # PPO charges a policy for leaving its **reference**, the model it started from. For a sampled
-# answer $y$ the charge is $\beta L$, and the book calls $L$ the *penalty*:
+# answer $y$ the charge is $\beta L$. *The book* in these notebooks is Xiao and Zhu (2025, arXiv
+# 2501.09223); it calls $L$ the *penalty*:
 #
 # $$L = \log \pi_\theta(y|x) - \log \pi_{ref}(y|x)$$
 #
@@ -286,8 +287,8 @@ for place in ("reward", "loss"):
 # %% [markdown]
 # ## 5 The book's formula
 #
-# The book (Xiao and Zhu 2025, arXiv 2501.09223, chapter 4) subtracts the penalty from the
-# objective: $U = U_{clip} - \beta\,[\log \pi_\theta(y|x) - \log \pi_{ref}(y|x)]$. As mathematics,
+# The book (chapter 4) subtracts the penalty from the objective:
+# $U = U_{clip} - \beta\,[\log \pi_\theta(y|x) - \log \pi_{ref}(y|x)]$. As mathematics,
 # with the mean over $\pi_\theta$ in mind, it is right. Typed into a program as it stands and handed
 # to autograd, it is **k1 in the loss**: the reference is a constant and drops out.
 #
@@ -530,15 +531,16 @@ print(
 # looks smaller.
 #
 # **Exercise 3** (5 minutes). `kl_tokens` knows both: `sequence_sum` and `token_mean`. Write what
-# an answer is charged under each.
+# an answer is charged under each; `how` is one of these two names.
 
 
 # %% tags=["exercise"]
 def charge(log_ratio, mask, how):
-    """[B] nats an answer from log_ratio [B, T] where mask [B, T] is True: "sum" or "mean"."""
+    """[B] nats an answer from log_ratio [B, T] where mask [B, T] is True;
+    how is "sequence_sum" or "token_mean"."""
     # BEGIN SOLUTION
     total = torch.where(mask, log_ratio, 0.0).sum(1)
-    return total if how == "sum" else total / mask.sum(1)
+    return total if how == "sequence_sum" else total / mask.sum(1)
     # END SOLUTION
 
 
@@ -694,9 +696,9 @@ print(f"p0 = 0.003: theory {first:.2f}. Trained alone it ends within 0.03 of tha
 print("trained with the seven that run away it runs away, too: they take it along")
 
 # %% [markdown]
-# **Predict**, before you turn to k3 on the dial. k3 in the loss at $k = 2$ ($\beta = 0.15$): where
-# does a prompt with $p_0 = 0.1$ end, and one with 0.001? k3 in the *reward* at $k = 3$
-# ($\beta = 0.1$), $p_0 = 0.01$?
+# **Predict**, before you turn to k3 on the dial. k3 in the loss at $k = 2$ ($\beta = 0.15$) took
+# $p_0 = 0.1$ farther than k1 did. Where does a prompt with $p_0 = 0.001$ end? And k3 in the
+# *reward*, $p_0 = 0.5$: how large must $\beta$ be to hold the policy?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("computed:")

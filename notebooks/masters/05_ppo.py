@@ -75,7 +75,7 @@ print("equal to the library; lambda 1 is return minus value")
 # **Exercise 1** (10 minutes). The sum takes T x T weights. One loop from the last token to the
 # first does it in T: $A_t = \delta_t + \gamma\lambda A_{t+1}$. Answers of a batch differ in
 # length: where `mask` is False there is no token, the advantage is 0, and "the next token" is the
-# next one that *is* there.
+# next one that *is* there. So a hole (a token that somebody else wrote) is skipped, not a stop.
 
 
 # %% tags=["exercise"]
@@ -241,8 +241,8 @@ print(
 # the same spread. So "the advantages are positive" says little before we know the baseline. With
 # the exact value it says one thing: the policy is still below the optimum of notebook 04.
 #
-# **Predict.** The exact critic, KL in the reward. Which sign has $A_V$ below p*, at p*, above it?
-# And at p*: is the penalty small?
+# **Predict.** The exact critic, KL in the reward. Suppose the policy has gone *too far*, above p*:
+# which sign has $A_V$, and which $A_C$? Which of the two is the larger one?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("computed:")
@@ -254,9 +254,10 @@ for at in (0.5, star, 0.97):
     print(f"p = {at:.2f}: {said}; KL {kl:.1f} nats")
 
 # %% [markdown]
-# At p* every advantage is zero, and the KL is as large as it will ever be. A large penalty and
-# positive advantages do not contradict each other on the way; at the end it is the *net* that
-# vanishes.
+# Above p* the signs have turned, and the rare concise answer has the large one: the *net* calls
+# the policy back. At p* every advantage is zero, and the KL is larger than anywhere on the way. A
+# large penalty and positive advantages do not contradict each other on the way; at the end it is
+# the net that vanishes.
 #
 # **Whitening** is an affine map of the advantages: divide by their sd (`scale`, the shipped run's
 # choice), or subtract their mean as well (`shift_scale`). The sd is a step size. The shift is one
@@ -512,7 +513,10 @@ print("three steps: the same batches, the same scores, the same policy as the li
 # Back to the support desk. The shipped run was saved as it was before its tenth step, and so was
 # the batch of 128 answers that it then drew. So the real update, two epochs of two minibatches,
 # can be taken again and again from the same weights and the same Adam: only epsilon differs. This
-# trains, so it takes a few seconds, and each line appears as it is done.
+# trains, so it takes a few seconds.
+#
+# **Predict.** From $\epsilon = 0.2$ to 0.02: more tokens outside the band or fewer? A larger
+# move or a smaller one? And: can a ratio leave the band at all?
 
 # %%
 from minirlhf.kl import kl_k3
@@ -534,7 +538,8 @@ def real_updates(run, rollout):
         yield eps, (new - rollout.logprobs)[mask].exp().numpy(), kl.item()
 
 
-# %%
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
 support = shipped()
 run, batch = support.run_before(10), support.rollout(10)
 sweep = {}
@@ -546,9 +551,15 @@ for eps, ratios, kl in real_updates(run, batch):
 # %% [markdown]
 # And the end point? On two answers the whole road can be followed: exact expectations in place of
 # samples, the library's loss, Adam on two logits, eight epochs a rollout.
+#
+# **Predict.** With $\epsilon = 0.02$ in place of 0.2: how much longer is the road, and where does
+# it end?
 
 
-# %%
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("computed:")
+
+
 def road(eps, rollouts=50, epochs=8):
     """P(verbose) after each rollout, from p0 with KL in the reward."""
     ref, score = torch.tensor([p0, 1 - p0]).log(), torch.tensor([gap, 0.0])
@@ -576,9 +587,7 @@ for eps, path in paths.items():
 print(f"theory: {star:.2f}")
 
 # %% [markdown]
-# **Predict.** From $\epsilon = 0.2$ to 0.02: more tokens outside the band or fewer? A larger
-# move or a smaller one? Which curve of the right-hand panel ends elsewhere? And: can a ratio leave
-# the band at all?
+# All of it in one figure: outside the band, the size of the move, the road.
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -613,9 +622,12 @@ assert outside > 1.4
 # bounds the move only in part. And it leaves the end alone: where all advantages are 0 there is
 # nothing to clip.
 #
-# **Predict.** Section 5 of notebook 04: the penalty as the book writes it, differentiated, has no
-# gradient on average *on the first epoch*. Ten epochs on each batch: does it slow the drift,
-# compared with no penalty at all, or speed it up?
+# **Recall.** Notebook 04 (section 5) found: the penalty as the book writes it, differentiated, has
+# no gradient on average *on the first epoch*, and pushes on in those that follow; at $\beta = 1$
+# the drift was faster than with no penalty.
+#
+# **Predict.** A quarter of that price, $\beta = 0.25$: is it faster, too, or does a small penalty
+# hold back after all?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("computed:")
@@ -635,12 +647,12 @@ def literal_road(beta, rollouts=40, epochs=10, lr=0.5):
 
 roads = {b: literal_road(b) for b in (0.0, 0.25, 1.0)}
 for b, end in roads.items():
-    print(f"beta {b:.2f}: p = {end:.1f} after 40 rollouts")
+    print(f"beta {b:.2f}: p = {end:.2f} after 40 rollouts")
 assert roads[0.0] < roads[0.25] < roads[1.0]
 
 # %% [markdown]
-# It speeds it up: on a batch that is no longer fresh, the term pushes away from the policy that
-# sampled it, in whatever direction the policy has begun to move.
+# Faster, too, only by less: on a batch that is no longer fresh, the term pushes away from the
+# policy that sampled it, in whatever direction the policy has begun to move, and beta is how hard.
 #
 # ## 6 PPO against the exact optimum
 #
@@ -751,4 +763,5 @@ assert below.min() > -1e-6 and below[-1] < 0.05
 # ends is decided by the reward and by the price of KL: the same exact optimum that notebook 04
 # wrote down, reached by a Transformer that never saw it.
 #
-# Back to [the map](00_start_here.ipynb).
+# Next: [06 The drift](06_the_drift.ipynb), all of it in one run. Back to
+# [the map](00_start_here.ipynb).

@@ -185,7 +185,8 @@ print("both hold for seeds 0 to 9 and for the fresh ones")
 # not *because* of it. Singhal et al. (2023, arXiv 2310.03716) compare answers of equal length:
 # sort both models' answers into bins of a few tokens, take the gain inside each bin, and average
 # over bins, each counting by its answers (of both models). A bin that one side leaves empty says
-# nothing. The result over the whole gain is the share that is **not** length.
+# nothing. The result is their *non-length reward gain* (`nrg` in the code); over the whole
+# gain it is the share that is **not** length.
 #
 # **Exercise 1** (10 minutes). Write the gain at equal length.
 
@@ -270,9 +271,9 @@ for stratum in ("brief", "detailed"):
 # ## 5 Longer is not yet biased: two controls
 #
 # **Length given gold.** Regress the score on length *and* gold: of two equally good answers, does
-# the longer one score higher? Same reference answers, six reward models, trained on the *same
-# pairs* with six length dials (points of utility a token; gold charges 0.03 for a token of
-# padding).
+# the longer one score higher? The slope is in sd of score per sd of length. Same reference
+# answers, six reward models, trained on the *same pairs* with six length dials (points of utility
+# a token; gold charges 0.03 for a token of padding).
 #
 # **Predict.** At dial 0: is the slope 0, below, above? At which dial does it cross 0?
 
@@ -290,6 +291,7 @@ for dial in DIALS:
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
+print("sd of score per sd of length, gold held fixed")
 print("dial     brief                 detailed")
 for dial, *pair in zip(DIALS, *given_gold.values(), strict=True):
     cells = (f"{m:+.1f} [{low:+.1f}, {high:+.1f}]" for m, low, high in pair)
@@ -300,7 +302,7 @@ assert np.all(np.diff([i.mean for i in given_gold["brief"]]) > 0)
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 curves = {s: (DIALS, [i.mean for i in found]) for s, found in given_gold.items()}
-axes = ("labelers' bonus, points a token", "slope given gold")
+axes = ("labelers' bonus, points a token", "slope given gold, sd per sd")
 chart = {"what the reward model pays for length": (*axes, {**curves, "nothing": (DIALS, 0.0)})}
 Picture(
     chart_figure(
@@ -342,8 +344,9 @@ for stratum in ("brief", "detailed"):
 # ## 6 Gold against distance
 #
 # Gao et al. (2022, arXiv 2210.10760) train against a proxy and plot the true score over
-# $d = \sqrt{KL}$: it rises, peaks and falls, as Goodhart's law would have it. They fit
-# $d(\alpha - \beta \log d)$ to RL and $d(\alpha - \beta d)$ to best-of-n.
+# $d = \sqrt{KL}$: it rises, peaks and falls, as Goodhart's law would have it (a measure that is
+# made a target stops being a good measure). They fit $d(\alpha - \beta \log d)$ to RL and
+# $d(\alpha - \beta d)$ to best-of-n: of n sampled answers, keep the one that the proxy likes best.
 #
 # **Predict.** Where is the peak of our runs, on brief prompts? Which of the two forms fits better?
 
