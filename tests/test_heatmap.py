@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import ipywidgets as widgets
 import numpy as np
@@ -259,10 +260,11 @@ def test_order_keeps_ties_and_puts_nan_last():
     assert order(np.array(["b", "a", "b"]), descending=True).tolist() == [0, 2, 1]
 
 
-def test_sorting_keeps_the_chosen_answer_and_choosing_is_heard():
+def test_sorting_chooses_the_first_line_and_choosing_is_heard():
     r, heard = batch(), []
     table = BatchTable(r, ["brief", "detailed"] * (len(r) // 2), on_choose=heard.append)
     table.choose(2)
+    assert heard == [2]
     for by in ("row", "stratum", "length", "score", "kl", "advantage", "positive_share"):
         table.by.value = by
         for down in (True, False):
@@ -270,13 +272,31 @@ def test_sorting_keeps_the_chosen_answer_and_choosing_is_heard():
             column = table.columns[table.by.value]
             listed = [row for _, row in table.answers.options]
             assert listed == order(column, descending=down).tolist()
-            assert table.row == table.answers.value == 2
-    assert heard == [2]
+            assert table.row == table.answers.value == listed[0] == heard[-1]
+    assert all(a != b for a, b in pairwise(heard)), "told of nothing new"
+    table.choose(2)
+    told = list(heard)
     table.show(replace(r, advantages=-r.advantages))
-    assert table.row == 2 and heard == [2]
+    assert table.row == table.answers.value == 2 and heard == told
     assert len({len(line) for line, _ in table.answers.options}) == 1
     with pytest.raises(ValueError, match="no answer 99"):
         table.choose(99)
+
+
+def test_buttons_step_through_the_list_and_stop_at_its_ends():
+    r, heard = batch(), []
+    table = BatchTable(r, on_choose=heard.append)
+    back, on = table.steps
+    table.by.value = "length"
+    listed = [row for _, row in table.answers.options]
+    heard.clear()
+    back.click()
+    assert heard == [] and table.row == listed[0]
+    for _ in listed:
+        on.click()
+    assert heard == listed[1:] and table.row == listed[-1]
+    back.click()
+    assert table.row == heard[-1] == listed[-2]
 
 
 def test_a_list_without_a_kernel_is_text():

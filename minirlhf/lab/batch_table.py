@@ -1,7 +1,8 @@
 """The answers of a batch as a list to sort and to choose from: one line an answer.
 
-A list box of the browser's own, so arrows, Home, End and a click all choose, it scrolls by itself
-and never changes its height. Left out: what the chosen answer says, token by token (heatmap.py).
+A list box of the browser's own, so it scrolls by itself and never changes its height. A click
+chooses, and so do two buttons beside it, for JupyterLab keeps the up and down arrows to itself and
+moves from cell to cell. Left out: what the chosen answer says, token by token (heatmap.py).
 """
 
 import html
@@ -37,7 +38,7 @@ CHOICES = {  # what to sort by
     "share of tokens with a positive advantage": "positive_share",
     "finished or cut off": "finished",
 }
-STYLE = """<style>.minirlhf-batch select{font:13px/17px monospace;height:232px}
+STYLE = """<style>.minirlhf-batch select[size]{font:13px/17px monospace;height:232px}
 .minirlhf-batch pre{font:bold 13px/17px monospace;margin:0 0 0 6px;padding:0;border:0;
 color:inherit;background:none}</style>"""
 
@@ -85,9 +86,10 @@ def order(values: np.ndarray, *, descending: bool) -> np.ndarray:
 class BatchTable(widgets.VBox):
     """The answers of a batch, sorted by any column; `on_choose(row)` hears which one is chosen.
 
-    `show(rollout)` puts another batch of the same answers in its place (what a what-if makes of
-    them, say) and keeps the chosen answer. `row` is the chosen answer's number in the batch.
-    `below` is shown under the list. Where no kernel runs, the first lines stand as text.
+    Sorting chooses the first line. `show(rollout)` puts another batch of the same answers in its
+    place (what a what-if makes of them, say) and keeps the chosen answer. `row` is the chosen
+    answer's number in the batch. `below` is shown under the list. Where no kernel runs, the first
+    lines stand as text.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class BatchTable(widgets.VBox):
         room = widgets.Layout(width="660px", max_width="100%", height="232px")
         self.answers: Any = widgets.Select(rows=LINES, layout=room)
         self.note = widgets.HTML(f"{STYLE}<pre>{html.escape(head)}</pre>")
-        listed = widgets.VBox([widgets.HBox([self.by, self.down]), self.note, self.answers])
+        self.steps = [self._button(*step) for step in (("previous", "up", -1), ("next", "down", 1))]
+        beside = widgets.HBox([self.answers, widgets.VBox(self.steps)])
+        listed = widgets.VBox([widgets.HBox([self.by, self.down]), self.note, beside])
         listed.layout.height = "300px"
         super().__init__([listed] if below is None else [listed, below])
         self.add_class("minirlhf-batch")
@@ -125,7 +129,7 @@ class BatchTable(widgets.VBox):
     def show(self, rollout: Rollout) -> None:
         """List these answers; raises ValueError as `batch_rows` does."""
         self.columns = batch_rows(rollout, self._strata)
-        self._sort()
+        self._list(self.row)
 
     def choose(self, row: int) -> None:
         """Choose an answer by its number in the batch; ValueError if the list has none such."""
@@ -139,13 +143,31 @@ class BatchTable(widgets.VBox):
         lines = [head, *(line for line, _ in self.answers.options[:LINES])]
         return {**(shown or {}), "text/plain": "\n".join(line.rstrip() for line in lines)}
 
-    def _sort(self, _change: Any = None) -> None:
+    def _button(self, name: str, arrow: str, by: int) -> widgets.Button:
+        """A button that chooses the line `by` lines further down, if there is one."""
+        button = widgets.Button(
+            description=name, icon=f"arrow-{arrow}", layout=widgets.Layout(width="100px")
+        )
+
+        def move(_clicked: Any) -> None:
+            at = self.answers.index + by
+            if 0 <= at < len(self.answers.options):
+                self.answers.index = at
+
+        button.on_click(move)
+        return button
+
+    def _sort(self, _change: Any) -> None:
+        self._list(None)  # an answer kept would be chosen out of sight
+
+    def _list(self, keep: int | None) -> None:
+        """Fill the list and choose `keep`, or the first line if it is not there."""
         self.order = order(self.columns[self.by.value], descending=self.down.value)
         lines = [(self._line(row), int(row)) for row in self.order[:MOST]]
         self._quiet = True  # new options choose the first, which nobody asked for
         try:
             self.answers.options = lines
-            self.answers.value = self.row if self.row in self.order[:MOST] else lines[0][1]
+            self.answers.value = keep if keep in self.order[:MOST] else lines[0][1]
         finally:
             self._quiet = False
         self._choose()
