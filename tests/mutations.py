@@ -906,4 +906,8 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(
+        status
+    )  # a planted bug may leave a training thread behind, at which a plain exit aborts
