@@ -202,13 +202,14 @@ def pull_lines(world: World, traces: Traces) -> Iterator[Line]:
     sure = lift(base.net, base).isfinite()
     size = ((base.net - base.free).abs() / base.beta[:, None, None])[sure]
     off = {e: float((size - e).abs().max()) if len(size) else 1.0 for e in (0.0, 1.0)}
-    symptom = "KL's push on one answer, distance from {:g} beta: largest"
+    symptom = "KL's push on one answer, furthest from {:g} beta ({}: 0)"
+    named = ("no KL term", "book-literal")
     if world.place in ("none", "book_literal"):
         e = float(world.place == "book_literal")
-        yield line(symptom.format(e), off[e], 0, 0.02)
+        yield line(symptom.format(e, named[int(e)]), off[e], 0, 0.02)
     else:  # what pulls cannot be the same on all answers
         e = min(off, key=off.__getitem__)
-        yield Line(symptom.format(e), off[e], "> 0.02", off[e] > 0.02)
+        yield Line(symptom.format(e, named[int(e)]), off[e], "> 0.02", off[e] > 0.02)
     share = [float(a / b) for a, b in torch.cat([t.kl for t in priced]) if b > 0.02]
     told = (0.0, 0.5) if world.moving else (1.0, 0.05)
     yield line("logged KL, over KL to the first policy: smallest", min(share, default=1.0), *told)
@@ -249,15 +250,17 @@ class Verdict:
     """evidence on the world that fits or comes closest, and against each other pathway alone"""
 
     def table(self) -> str:
-        """All of it as text: a line a symptom, then the other pathways, then the verdict."""
+        """All of it as text: the verdict, then a line a symptom, then the other pathways."""
         rows = [("", "symptom", "measured", "expected")]
         rows += [("fits" if x.fits else "NO", x[0], f"{x[1]:.3g}", x[2]) for x in self.lines]
-        out = [f"{a:<5}{b:<49} {c:>8}  {d}" for a, b, c, d in rows]
+        wide, room = (max(len(row[i]) for row in rows) for i in (1, 2))
+        out = [f"Verdict: {self.said}.", ""]
+        out += [f"{a:<5}{b:<{wide}} {c:>{room}}  {d}" for a, b, c, d in rows]
         out += ["", "What speaks against the pathways, each on its own:"] if self.others else []
         for name, (x, *more) in sorted(self.others.items()):
             rest = f"; {len(more)} more" if more else ""
             out.append(f"  {name}: {x[0]} is {x[1]:.3g}, not {x[2]}{rest}")
-        return "\n".join([*out, "", f"Verdict: {self.said}."])
+        return "\n".join(out)
 
 
 def verdict(traces: Traces) -> Verdict:

@@ -74,7 +74,12 @@ def test_what_was_planted_is_named_and_nothing_else(name):
     assert found.causes == PLANTS[name][1]
     assert found.lines and all(line.fits for line in found.lines)
     assert not set(found.others) & PLANTS[name][1]
-    assert f"Verdict: {found.said}." in found.table()
+    said, gap, head, *rest = found.table().splitlines()
+    assert said == f"Verdict: {found.said}." and gap == ""
+    at = head.index("measured") + len("measured")
+    for row, x in zip(rest, found.lines, strict=False):
+        assert row.split()[0] == "fits" and row[5:].startswith(x.symptom)
+        assert row[:at].endswith(f" {x.measured:.3g}") and row[at:] == f"  {x.expected}"
 
 
 def test_the_push_is_gap_less_the_price_of_the_log_odds_moved():
