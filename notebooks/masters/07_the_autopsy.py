@@ -611,7 +611,7 @@ assert verdict.causes == {"small beta, correct KL"}
 # output not compared: policies trained here differ in their last digits between processors
 literal = replace(case.config.ppo, kl_place="book_literal")
 verdict, _ = battery(TwoAnswerDesk(literal, phrase))
-print("\n".join(verdict.table().splitlines()[-1:]))
+print(f"Verdict: {verdict.said}.")
 assert verdict.causes == {"book-literal penalty"}
 
 # %% [markdown]
