@@ -299,6 +299,11 @@ def test_buttons_step_through_the_list_and_stop_at_its_ends():
     assert table.row == heard[-1] == listed[-2]
 
 
+def test_the_height_of_the_list_is_not_that_of_the_sort_box():
+    """A browser's list box has a size, its one-line box has none."""
+    assert re.findall(r"[^ {]*select[^{]*", BatchTable(batch()).note.value) == ["select[size]"]
+
+
 def test_a_list_without_a_kernel_is_text():
     below = widgets.HTML("<p>map</p>")
     table = BatchTable(batch(), below=below)

@@ -13,7 +13,7 @@ import torch
 from minirlhf.desk import Desk
 from minirlhf.drift import DriftConfig
 from minirlhf.lab import live_run as module
-from minirlhf.lab.live_run import LiveRun, _text
+from minirlhf.lab.live_run import MORE, LiveRun, _text
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.ppo import PPO, PPOConfig
 from minirlhf.reward import RewardModel
@@ -269,6 +269,15 @@ def test_limits_widen_where_the_run_leaves_them(live):
     assert live._lines["gold", "brief"].axes.get_xlim() == (0, 80), "all plots share the steps"
     live.reset()
     assert ax.get_xlim() == (0, 40)
+
+
+def test_every_box_says_where_an_answer_goes_on_below(live):
+    """The line sticks to the box's bottom; where all is in sight, what follows lies over it."""
+    shown = live.live.view.value
+    assert shown.count(f"{MORE}</div>") == len(live.answers) == 3
+    line, over = MORE.split("</div>", 1)
+    assert "position:sticky;bottom:0;height:17px" in line
+    assert "z-index:1;height:17px;margin-top:-17px;background" in over
 
 
 def test_texts_are_escaped(live):

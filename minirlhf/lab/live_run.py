@@ -39,6 +39,12 @@ WIDTH = 960
 ACTS = ("Start", "Pause", "Step", "Reset")  # a button each, and a method
 STEPS = 40  # on the axis at first
 EVERY = 0.1  # seconds between two pictures, at least
+# where an answer is longer than its box; at its end the second lies over the first
+MORE = (
+    '<div aria-hidden="true" style="position:sticky;bottom:0;height:17px;line-height:17px;'
+    'background:#fff;font-size:11px;font-weight:bold">▼ more below</div>'
+    '<div style="position:relative;z-index:1;height:17px;margin-top:-17px;background:#fff"></div>'
+)
 PLOTS = {  # key -> title, unit, direction, limits that widen where a run leaves them
     "rm_score_sd": ("RM score", "reward sd", "↑ better", (-1.0, 5.0)),
     "kl_nats": ("KL", "nats/answer", "↓ closer", (0.0, 20.0)),
@@ -75,7 +81,7 @@ class LiveRun(Panel):
         self.buttons = [widgets.Button(description=name) for name in ACTS]
         for button in self.buttons:
             button.on_click(lambda clicked: getattr(self, clicked.description.lower())())
-        figure = blank(WIDTH / 100, 2.4, rect=(0, 0, 1, 0.9))
+        figure = blank(WIDTH / 100, 2.3, rect=(0, 0, 1, 0.9))
         figure.set_dpi(150)  # sharp on a projector
         self._lines, self._said = _draw(figure)
         self._page = _Page(figure, [*self._lines.values(), self._said], width=WIDTH)
@@ -259,8 +265,8 @@ def _text(says: str, desk: Any, answers: list[Any]) -> str:
     columns = "".join(
         '<div style="flex:1;min-width:0"><b style="display:block;height:36px;overflow:hidden;'
         f'line-height:18px">{html.escape(prompt.text.removesuffix(" <sep>"))}</b>'
-        '<div style="height:134px;overflow-y:auto;font-size:12px">'
-        f"{answer_html(read_answer(desk, prompt, said), finished=done)}</div></div>"
+        '<div style="height:174px;overflow-y:auto;font-size:12px">'
+        f"{answer_html(read_answer(desk, prompt, said), finished=done)}{MORE}</div></div>"
         for prompt, said, done in answers
     )
     return (
