@@ -839,6 +839,20 @@ MUTATIONS = [
         "not abs(measured - expected) > within)",
         "test_battery.py::test_what_was_not_measured_speaks_against",
     ),
+    Mutation(
+        "batch panel: length is what the clip leaves of the push",
+        "lab/batch.py",
+        "self._moves(found.parts.total)",
+        "self._moves(self.seen)",
+        "test_batch_lab.py::test_length_is_the_push_before_any_clip_at_every_epsilon",
+    ),
+    Mutation(
+        "batch table: after sorting an answer out of sight stays chosen",
+        "lab/batch_table.py",
+        "self._list(None)",
+        "self._list(self.row)",
+        "test_heatmap.py::test_sorting_chooses_the_first_line_and_choosing_is_heard",
+    ),
 ]
 
 

@@ -272,6 +272,10 @@ def test_an_update_can_be_cancelled_and_taken_anew(ready, panel, monkeypatch):
     panel.controls["eps"].value = 0.05
     assert panel.busy and "being taken again" in panel.live.view.value
     assert panel.button.description == "cancel the update"
+    deadline = time.monotonic() + 60
+    while panel.progress.value < 1:  # under way, so that a later minibatch has to hear of it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     panel.button.click()
     panel.wait()
     assert not panel._updates and panel.progress.value < panel.progress.max
