@@ -1,9 +1,10 @@
-"""From key to repaint: the batch panel's beta and length bias in JupyterLab, in headless Chromium.
+"""From key to repaint: sliders of a notebook in JupyterLab, in headless Chromium.
 
-    python benchmarks/panel.py [moves]
+    python benchmarks/panel.py [notebook] [moves]
 
-Prints milliseconds from a keydown to the frame after the panel's new picture, beside a slider that
-changes one word: what browser, server and kernel take without any panel. Needs the test extra.
+Without a notebook (05_ppo, say) the batch panel is measured, beside a slider that changes one word:
+what browser, server and kernel take without any panel. Prints milliseconds from a keydown to the
+frame after the panel's new picture. Needs the test extra.
 """
 
 import json
@@ -11,9 +12,15 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import tyro
+from tyro.conf import Positional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from browser import opened, served  # pyright: ignore[reportMissingImports]
+from browser import copied, opened, served  # pyright: ignore[reportMissingImports]
+
+HERE = Path(__file__).parents[1]
 
 CELLS = (
     """from minirlhf.audit import grade
@@ -63,30 +70,41 @@ def notebook(path: Path) -> None:
     path.write_text(json.dumps(book), encoding="utf-8")
 
 
-def main(moves: int = 60) -> None:
-    """Print one line a slider."""
+def measure(lab: Any, moves: int) -> None:
+    """Print one line for every slider on the page."""
+    rows = lab.page.locator(".widget-slider:has(.noUi-handle)")
+    for n in range(rows.count()):
+        row, taken = rows.nth(n), []
+        handle = row.locator(".noUi-handle")
+        handle.focus()
+        for i in range(moves):
+            taken.append(handle.evaluate(MOVE, KEYS[i % len(KEYS)]))
+            lab.page.wait_for_timeout(120)
+        ms = sorted(x for x in taken if x is not None)
+        label = row.locator(".widget-label").inner_text()
+        if not ms:
+            print(f"{label}: no move was seen")
+            continue
+        median, p95 = statistics.median(ms), ms[int(0.95 * len(ms)) - 1]
+        said = f"{label}: median {median:.0f} ms, p95 {p95:.0f} ms, {len(ms)} of {moves} moves seen"
+        print(said, flush=True)
+
+
+def main(name: Positional[str] = "", moves: Positional[int] = 60, /) -> None:
+    """Measure the sliders of a notebook of the course, or those of CELLS."""
     with tempfile.TemporaryDirectory() as folder:
         place, home = Path(folder) / "notebooks", Path(folder) / "home"
-        place.mkdir()
         home.mkdir()
-        notebook(place / "panel.ipynb")
+        if name:
+            copied(HERE / "notebooks", place)
+        else:
+            place.mkdir()
+            notebook(place / "panel.ipynb")
         with served(place, home) as url, opened(url, home / "screenshots") as lab:
-            lab.open("panel.ipynb")
+            lab.open(f"{name or 'panel'}.ipynb")
             lab.run_all()
-            for label in ("floor", "beta", "length bias"):
-                row = lab.page.locator(f".widget-slider:has(.widget-label:text-is('{label}'))")
-                handle = row.locator(".noUi-handle")
-                handle.focus()
-                taken = []
-                for i in range(moves):
-                    taken.append(handle.evaluate(MOVE, KEYS[i % len(KEYS)]))
-                    lab.page.wait_for_timeout(120)
-                ms = sorted(x for x in taken if x is not None)
-                print(
-                    f"{label}: median {statistics.median(ms):.0f} ms, "
-                    f"p95 {ms[int(0.95 * len(ms)) - 1]:.0f} ms, {len(ms)} moves seen"
-                )
+            measure(lab, moves)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    tyro.cli(main)
