@@ -3,7 +3,9 @@
 The facts: (a) the reward model scores a verbose answer slightly above a concise correct one,
 (b) the verbose answer's penalty is large, (c) its token advantages are positive all the same. One
 batch holds a few dozen answers of a kind, so the facts are read from three batches in the middle
-of the drift. Left out: what made the advantages (autopsy.py) and what they do (push.py).
+of the drift. Intervals are over prompts: the run, its critic and reward model, and the rule that
+chose the batches are taken as given (seeds.py asks other runs). Left out: what made the advantages
+(autopsy.py) and what they do (push.py).
 """
 
 from collections.abc import Sequence

@@ -73,7 +73,7 @@ class Ladder:
         held = sum(row.held for row in self.rows)
         made = (
             f"Written by `{COMMAND}`, which runs the tests marked slow: {held} of "
-            f"{len(self.rows)} claims held, in {minutes:.1f} minutes on one thread "
+            f"{len(self.rows)} claims held, in {minutes:.1f} minutes, one thread a process "
             f"(torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}, "
             f"{platform.machine()}). Seeds are in the tables; sd = reward sd."
         )
