@@ -33,11 +33,14 @@ def last_token(mask: Tensor) -> Tensor:
     return (mask * steps).amax(-1) - 1
 
 
-def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+def shape_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Tensor
+) -> Tensor:
     """Per-token rewards [B, T]: -beta * kl on every token, plus the score on the last one.
 
-    scores [B] in reward sd, kl [B, T] in nats, beta in reward sd per nat. Rows without a single
-    token get no reward at all (their score has no token to sit on).
+    scores [B] in reward sd, kl [B, T] in nats, beta in reward sd per nat: one price, or
+    one for each answer [B, 1]. Rows without a single token get no reward at all (their score has
+    no token to sit on).
     """
     rewards = torch.where(mask, -beta * kl, 0.0)
     last = last_token(mask)

@@ -24,9 +24,12 @@ from torch import Tensor
 from minirlhf.desk import STRATA, Desk, Prompt
 from minirlhf.generate import generate
 from minirlhf.model import Transformer, response_logprobs, response_outputs
+from minirlhf.ppo import Scorer
 from minirlhf.preferences import bayes_ceiling, gold_ceiling
 from minirlhf.reward import RewardModel, ranking_accuracy, score_pairs
 from minirlhf.text import right_pad
+
+Sampled = tuple[Tensor, Tensor, Tensor]  # responses, mask, log-ratio to the reference [B], nats
 
 
 @dataclass(frozen=True)
@@ -93,24 +96,43 @@ class Auditor:
             stops.append(1 - (1 - logits.softmax(-1)[..., eos] * part[1]).prod(1))
         return torch.stack(stops).mean(0).cpu().numpy()
 
-    def calibrate(self) -> None:
-        """Put the reward model on the scale of the reference's own answers to the probes."""
+    def calibrate(self, model: RewardModel | None = None) -> None:
+        """Put a reward model on the scale of the reference's own answers to the probes."""
         prompts = self.prompts.repeat(self.config.reference_samples, 1)
-        self.reward_model.calibrate(prompts, *self._scored)
+        (model or self.reward_model).calibrate(prompts, *self._scored)
 
     @torch.no_grad()
-    def __call__(self, policy: Transformer, step: int) -> tuple[dict[str, Any], list[dict]]:
-        """One entry of the history, and the answers behind it (a row per probe)."""
-        responses, mask = answer(self.desk, policy, self.prompts, self.seed)
-        scores = self.reward_model.score(self.prompts, responses, mask)
+    def sample(self, policy: Transformer, seed: int | None = None) -> Sampled:
+        """The policy's answers to the probes, the same for the same policy and seed."""
+        chosen = self.seed if seed is None else seed
+        responses, mask = answer(self.desk, policy, self.prompts, chosen)
         given = (self.prompts, responses, mask)
         logprobs, ref_logprobs = (response_logprobs(m, *given)[0] for m in (policy, self.reference))
+        return responses, mask, (logprobs - ref_logprobs).sum(1)
+
+    def __call__(self, policy: Transformer, step: int) -> tuple[dict[str, Any], list[dict]]:
+        """One entry of the history, and the answers behind it (a row per probe)."""
+        return self.judge(self.sample(policy), step)
+
+    def judge(self, sampled: Sampled, step: int) -> tuple[dict[str, Any], list[dict]]:
+        """The same of answers that are there already."""
+        responses, mask, log_ratio = sampled
+        scores = self.reward_model.score(self.prompts, responses, mask)
         grades = grade(self.desk, self.probes, responses, mask)
         entry: dict[str, Any] = {"step": step, "rm_score_sd": float(scores.mean())}
-        entry["kl_nats"] = float((logprobs - ref_logprobs).sum(1).mean())
+        entry["kl_nats"] = float(log_ratio.mean())
         for name in STRATA:
             entry[name] = summarise_grades(grades, self.stratum == name)
         return entry, self._rows(step, texts(self.desk, responses, mask), scores, grades)
+
+    def closing(self, sampled: Sampled) -> dict[str, dict[str, float]]:
+        """Per stratum, what a comparison of runs needs beside an entry: KL, nats per answer; the
+        share of steps (of the fact, if brief) that was given; the share of verbose answers."""
+        grades = grade(self.desk, self.probes, *sampled[:2])
+        found = {"kl_nats": sampled[2].cpu().numpy(), "steps_share": grades["steps_share"]}
+        found["verbose_rate"] = grades["padding_tokens"] >= self.config.verbose_padding
+        rows = {name: self.stratum == name for name in STRATA}
+        return {s: {k: mean_or_nan(x[at]) for k, x in found.items()} for s, at in rows.items()}
 
     def _rows(
         self, step: int, answers: list[str], scores: Tensor, grades: dict[str, np.ndarray]
@@ -123,23 +145,33 @@ class Auditor:
             rows.append(row | {k: grades[k][i].item() for k in (*kept, "padding_tokens")})
         return rows
 
-    def matched_gaps(self, prompts: Sequence[Prompt], seed: int = 0) -> np.ndarray:
-        """RM score [N], reward sd, of a concise correct answer with one courtesy phrase minus
-        that of the same answer without it."""
+    def matched_gaps(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int = 0,
+        *,
+        hedge: bool = False,
+        scorer: Scorer | None = None,
+    ) -> np.ndarray:
+        """Score [N], reward sd, of a concise correct answer with one courtesy phrase (or hedge)
+        minus that of the same answer without it."""
         rng = np.random.default_rng(seed)
         if not prompts:
             return np.zeros(0)
-        pairs = [self.desk.matched_pair(prompt, rng) for prompt in prompts]
-        plain, polite = (self.score_texts(prompts, list(t)) for t in zip(*pairs, strict=True))
+        pairs = [self.desk.matched_pair(prompt, rng, hedge=hedge) for prompt in prompts]
+        made = (self.score_texts(prompts, list(t), scorer) for t in zip(*pairs, strict=True))
+        plain, polite = made
         return polite - plain
 
-    def score_texts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> np.ndarray:
-        """RM scores [N] of written answers, EOS added."""
+    def score_texts(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], scorer: Scorer | None = None
+    ) -> np.ndarray:
+        """Scores [N] of written answers, EOS added, by the reward model or by another scorer."""
         desk, device = self.desk, self.prompts.device
         ids = [[*desk.vocabulary.encode(text), desk.vocabulary.eos] for text in answers]
-        responses, mask = right_pad(ids, desk.max_response)
-        encoded = desk.encode(prompts).to(device)
-        return self.reward_model.score(encoded, responses.to(device), mask.to(device)).cpu().numpy()
+        responses, mask = (x.to(device) for x in right_pad(ids, desk.max_response))
+        scored = scorer or self.reward_model.score
+        return scored(desk.encode(prompts).to(device), responses, mask).numpy(force=True)
 
 
 def answer(desk: Desk, model: Transformer, prompts: Tensor, seed: int) -> tuple[Tensor, Tensor]:

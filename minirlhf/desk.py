@@ -141,12 +141,25 @@ class Desk:
         """A correct answer without padding, in the first wording or in a random one."""
         return self._fill(prompt, [texts for _, texts in self._says(prompt)], prompt.value, rng)
 
-    def matched_pair(self, prompt: Prompt, rng: np.random.Generator) -> tuple[str, str]:
-        """(concise, the same with ONE opener or closer): they differ in courtesy only."""
+    def matched_pair(
+        self, prompt: Prompt, rng: np.random.Generator, *, hedge: bool = False
+    ) -> tuple[str, str]:
+        """(concise, the same with ONE opener or closer): they differ in courtesy only. Or, with
+        `hedge`, with one hedge after it."""
         concise = self.concise(prompt, rng)
+        if hedge:
+            return concise, f"{concise} {_pick(self.spec.phrases['hedge'], rng)}"
         if rng.random() < 0.5:
             return concise, f"{_pick(self.spec.phrases['opener'], rng)} {concise}"
         return concise, f"{concise} {_pick(self.spec.phrases['closer'], rng)}"
+
+    def padded(self, answer: str, rng: np.random.Generator, *, hedges: bool = False) -> str:
+        """An answer inside one to four phrases, none twice: the same content in another manner."""
+        groups = ("opener", "filler", "filler", "closer", *(("hedge",) * 2 * hedges))
+        kept = rng.permutation(len(groups))[: 1 + int(rng.random() * 4)]
+        said = {_pick(self.spec.phrases[groups[i]], rng): groups[i] for i in sorted(kept)}
+        before = [phrase for phrase, group in said.items() if group == "opener"]
+        return " ".join([*before, answer, *(p for p in said if p not in before)])
 
     def _write(self, writer: str, prompt: Prompt, rng: np.random.Generator) -> str:
         """An answer in one of the writer's styles, part by part."""

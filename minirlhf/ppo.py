@@ -112,10 +112,13 @@ def treat_missing_eos(scores: Tensor, finished: Tensor, config: PPOConfig) -> Te
     return scores
 
 
-def price_and_credit(rollout: Rollout, config: PPOConfig, beta: float) -> dict[str, Tensor]:
+def price_and_credit(
+    rollout: Rollout, config: PPOConfig, beta: float | Tensor
+) -> dict[str, Tensor]:
     """kl, rewards, advantages and returns [B, T] of a rollout that has its scores.
 
-    The advantages are whitened as the config says; the returns never are.
+    beta is one price, or one for each answer [B, 1]. The advantages are whitened as the config
+    says; the returns never are.
     """
     mask = rollout.mask
     kl = kl_tokens(
@@ -166,10 +169,17 @@ class PPO:
         *,
         seed: int = 0,
         eos: int = EOS,
+        prices: Tensor | None = None,
     ):
         """prompts [N, P] is the table rollouts draw from; reward_model maps (prompts, responses,
-        mask) to scores [B] in reward sd. Raises ValueError if policy and reference share weights.
+        mask) to scores [B] in reward sd; prices [N] multiply beta for the answers to each prompt.
+        Raises ValueError if policy and reference share weights, or for prices that are not charged.
         """
+        if prices is not None and (config.kl_place != "reward" or len(prices) != len(prompts)):
+            raise ValueError(
+                f"prices [{len(prices)}] multiply the KL charged in the reward, one for each of "
+                f"{len(prompts)} prompts; with kl_place {config.kl_place} leave them out"
+            )
         ours = {p.untyped_storage().data_ptr() for p in policy.parameters()}
         if any(p.untyped_storage().data_ptr() in ours for p in reference.parameters()):
             raise ValueError(
@@ -179,6 +189,7 @@ class PPO:
         # a copy of a reference that an earlier run froze is frozen too: thaw it
         self.policy, self.reference = policy.requires_grad_(True), reference.requires_grad_(False)
         self.reward_model, self.prompts, self.eos = reward_model, prompts, eos
+        self.prices = prices
         self.optimiser = FlatAdamW(policy, lr=config.lr)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
@@ -246,7 +257,8 @@ class PPO:
         known = {"finished": finished, "ref_eos_logprobs": ref_eos, "index": index}
         fields = (*given, logprobs, ref_logprobs, values, scores)
         bare = Rollout(*fields, **known)
-        return Rollout(*fields, **known, **price_and_credit(bare, self._config, self.beta))
+        beta = self.beta if self.prices is None else self.beta * self.prices[index][:, None]
+        return Rollout(*fields, **known, **price_and_credit(bare, self._config, beta))
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """The optimiser steps that one rollout pays for; metrics averaged over them."""

@@ -113,6 +113,15 @@ class Pairs:
             picked[field.name] = column[index if isinstance(column, Tensor) else rows]
         return Pairs(**picked)
 
+    def join(self, other: "Pairs") -> "Pairs":
+        """These pairs, and then those of `other`."""
+        made: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            mine, others = getattr(self, name), getattr(other, name)
+            joined = torch.cat if isinstance(mine, Tensor) else np.concatenate
+            made[name] = joined((mine, others))
+        return Pairs(**made)
+
     def swap(self, rows: np.ndarray) -> "Pairs":
         """The same pairs with the winner of the True rows [N] exchanged; p_label follows."""
         flip, new = torch.from_numpy(rows)[:, None], {}
@@ -144,7 +153,7 @@ def make_pairs(
     the reference's own voice, so that the reward model knows what the policy starts from."""
     prompts = desk.prompts(config.pairs, rng)
     first, second = _answers(desk, prompts, config, rng, sampler)
-    pairs = _label(_pack(desk, prompts, first, second), config, rng)
+    pairs = _label(pack_pairs(desk, prompts, first, second), config, rng)
     held = round(config.pairs * config.holdout)
     order = rng.permutation(config.pairs)
     return PreferenceData(train=pairs.select(order[held:]), heldout=pairs.select(order[:held]))
@@ -236,8 +245,10 @@ def _answers(
     return first, second
 
 
-def _pack(desk: Desk, prompts: list[Prompt], first: list[str], second: list[str]) -> Pairs:
-    """Tensors and graded columns; `chosen` is the first answer until labels are drawn."""
+def pack_pairs(
+    desk: Desk, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]
+) -> Pairs:
+    """Tensors and graded columns of written answers; `chosen` is the first one, p_label 1/2."""
     columns: dict[str, Any] = {}
     for end, answers in (("chosen", first), ("rejected", second)):
         answers = [" ".join(answer.split()[: desk.max_response]) for answer in answers]

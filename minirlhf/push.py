@@ -198,7 +198,7 @@ def _step(run: PPO, rollout: Rollout, lr: float, optimiser: str) -> None:
 def twin(run: PPO) -> PPO:
     """A run in the same state with weights of its own: what it does leaves `run` as it was."""
     policy, given = copy.deepcopy(run.policy), (run.reference, run.reward_model, run.prompts)
-    copied = PPO(policy, *given, run.config, eos=run.eos)
+    copied = PPO(policy, *given, run.config, eos=run.eos, prices=run.prices)
     copied.load_state_dict(run.state_dict())
     return copied
 

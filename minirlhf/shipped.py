@@ -19,7 +19,8 @@ import numpy as np
 
 from minirlhf.audit import Auditor
 from minirlhf.desk import Desk, Prompt
-from minirlhf.drift import Drift, DriftConfig, Progress
+from minirlhf.drift import Drift
+from minirlhf.drift_config import DriftConfig
 from minirlhf.model import Transformer
 from minirlhf.ppo import PPO
 from minirlhf.preferences import relabel
@@ -36,6 +37,7 @@ from minirlhf.store import (
     write_json,
     write_table,
 )
+from minirlhf.upstream import Progress
 
 COMMAND = "minirlhf data"
 DIALS = (0.0, 0.02, 0.035, 0.0455, 0.06, 0.08)  # length bias, points a token; 0.0455 is default
@@ -221,7 +223,7 @@ def _around(paths: list[Path], step: int) -> list[Path]:
 
 def _reward_models(run: Drift, folder: Path, report: Progress | None) -> None:
     """One reward model per dial, trained on the run's own pairs with labels drawn anew."""
-    pairs, config = run.preferences(), run.config
+    pairs, config = run.preferences, run.config
     dials = sorted({*DIALS, config.preferences.length_bias})
     for done, dial in enumerate(dials):
         labels = replace(config.preferences, length_bias=dial)

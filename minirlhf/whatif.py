@@ -209,16 +209,24 @@ def repricer(
     return priced
 
 
+def follow(
+    logged: Rollout, batch: Rollout, before: Convention, after: Convention, features: Tensor
+) -> tuple[Tensor, float]:
+    """How far the values [B, T] of a critic would move that followed the change from `logged`
+    under `before` to `batch` under `after`, and the share of the change that it takes up."""
+    change = _to_come(batch, after) - _to_come(logged, before)
+    fitted = _ridge(features.double(), change, batch)
+    left = torch.where(batch.mask, change - fitted, 0.0).square().sum()
+    return fitted, 1 - float(left / change.square().sum().clamp(min=1e-12))
+
+
 def _refitted(
     logged: Rollout, batch: Rollout, before: Convention, after: Convention, features: Tensor
 ) -> WhatIf:
     """`batch` under `after`, with a critic that has followed the change of what is to come."""
     if after.advantage != "gae":
         raise ValueError(f"advantage {after.advantage} has no critic that could be fitted again")
-    change = _to_come(batch, after) - _to_come(logged, before)
-    fitted = _ridge(features.double(), change, batch)
-    left = torch.where(batch.mask, change - fitted, 0.0).square().sum()
-    absorbed = 1 - float(left / change.square().sum().clamp(min=1e-12))
+    fitted, absorbed = follow(logged, batch, before, after, features)
     why = (
         "approximate: the critic is fitted again to this batch alone, by ridge regression; "
         "a trained one would have seen other answers"

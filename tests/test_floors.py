@@ -25,7 +25,12 @@ FLOORS = {
         "two_answers",
         "spurious",
         "monitor",
+        "recipe",
+        "upstream",
+        "pair_rules",
+        "score_rules",
         "remedies",
+        "evidence",
         "sweep",
         "drift",
         "drift_config",
@@ -34,7 +39,7 @@ FLOORS = {
     }
     | {"doctor"},
     3: {"sft", "preferences", "reward", "ppo", "ppo_config", "critic", "oracle"}
-    | {"pocket", "bridge"},
+    | {"pocket", "bridge", "debias", "dpo"},
     2: {"desk", "deskfile", "generate"},
     1: {
         "text",
@@ -46,6 +51,7 @@ FLOORS = {
         "store",
         "metrics",
         "cores",
+        "workers",
         "__init__",
     },
 }

@@ -1,0 +1,326 @@
+"""The remedies: each one a function that changes exactly one thing, and a row that says what.
+
+    recipe = REMEDIES["matched"].change(Recipe(DriftConfig(seed=3)))
+    recipe = stack("counterfactual+larger_beta", DriftConfig())          # two of them
+
+What a remedy must move is the effective reward, r_eff = r - beta * L with L the log-ratio to the
+reference: the sign of its gap between verbose and concise on brief prompts, or what one of the two
+terms weighs. To add a remedy, write a function Recipe -> Recipe and give it a row.
+Left out: what they do (evidence.py measures it; a row promises nothing).
+
+Sources: one in each row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minirlhf import pair_rules, score_rules
+from minirlhf.debias import fit_odin, fit_with_covariate
+from minirlhf.dpo import DPOConfig, train_dpo
+from minirlhf.drift import Drift
+from minirlhf.drift_config import DriftConfig
+from minirlhf.recipe import Recipe
+
+Change = Callable[[Recipe], Recipe]
+Place = Literal["pairs", "RM loss", "reward", "KL", "advantage", "update", "instead of PPO"]
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A fix: what it changes, where, by which equation, at what price, and who says so."""
+
+    title: str
+    change: Change
+    acts: Place
+    equation: str
+    cost: str
+    source: str
+    fault: str = "none"
+    """the arm that it repairs; "none": the default run"""
+
+
+def keep(recipe: Recipe) -> Recipe:
+    """Nothing is changed."""
+    return recipe
+
+
+def fair(recipe: Recipe) -> Recipe:
+    """Labelers without a bias who check every fact: the pairs that one would like to have."""
+    return Recipe(recipe.config.control(), recipe.rules, recipe.names)
+
+
+def pairs(rule: Callable[..., Any], **options: Any) -> Change:
+    """A change of the training pairs."""
+    return lambda recipe: recipe.rule(pairs=_with(rule, options))
+
+
+def scores(rule: Callable[..., Any], **options: Any) -> Change:
+    """A change of the scores that PPO sees."""
+    return lambda recipe: recipe.rule(scores=_with(rule, options))
+
+
+def ppo(**settings: Any) -> Change:
+    """A change of PPO's settings."""
+    return lambda recipe: recipe.ppo(**settings)
+
+
+def _with(rule: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    return partial(rule, **options) if options else rule
+
+
+def covariate(recipe: Recipe) -> Recipe:
+    """A length term in the ranking loss, dropped when PPO asks for scores."""
+    return recipe.rule(fit=fit_with_covariate)
+
+
+def odin(recipe: Recipe) -> Recipe:
+    """Two heads, of which the one that correlates with length is dropped."""
+    return recipe.rule(fit=fit_odin)
+
+
+def larger_beta(recipe: Recipe, *, times: float = 4.0) -> Recipe:
+    """A dearer KL, for every prompt."""
+    return recipe.ppo(beta=times * recipe.config.ppo.beta)
+
+
+def dearer_if_brief(run: Drift, *, times: float = 4.0) -> Tensor:
+    """Multiples of beta [N]: `times` where the reference's own answers are brief, else 1."""
+    usual = score_rules.Usual(run.reward_model.score, run).look_up(run.desk.encode(run.prompts))
+    return torch.where(usual[:, 1] < run.config.audit.brief_below, times, 1.0)
+
+
+def per_stratum(recipe: Recipe) -> Recipe:
+    """A dearer KL where the reference is brief."""
+    return recipe.rule(prices=dearer_if_brief)
+
+
+def too_far(metrics: dict[str, float], *, nats: float = 2.0) -> bool:
+    """Whether a batch's answers are further from the reference than this."""
+    return metrics["objective/kl_nats"] > nats
+
+
+def early_stop(recipe: Recipe) -> Recipe:
+    """PPO ends once it has gone so far."""
+    return recipe.rule(stop=too_far)
+
+
+def learn_directly(run: Drift) -> None:
+    """DPO on the run's own pairs, from the reference."""
+    run.audit(run.reference, 0)
+    given = (run.ppo.policy, run.reference, run.preferences.train, DPOConfig())
+    train_dpo(*given, generator=run.generator("dpo"))
+    run.audit(run.ppo.policy, run.config.steps)
+
+
+def dpo(recipe: Recipe) -> Recipe:
+    """No reward model and no PPO: the pairs move the policy."""
+    return recipe.rule(policy=learn_directly)
+
+
+def choose_best(run: Drift, *, n: int = 16) -> None:
+    """The best of `n` answers of the reference by the reward model, for every probe."""
+    auditor = run.auditor
+    run.audit(run.reference, 0)
+    seeds = [run.stream(f"best of n {i}") for i in range(n)]
+    drawn = [auditor.sample(run.reference, seed)[:2] for seed in seeds]
+    rated = torch.stack([run.reward_model.score(auditor.prompts, *each) for each in drawn])
+    best, rows = rated.argmax(0), torch.arange(rated.shape[1], device=rated.device)
+    said, mask = (torch.stack(part)[best, rows] for part in zip(*drawn, strict=True))
+    bound = np.log(n) - (n - 1) / n  # Beirami et al. (2024, arXiv 2401.01879): KL is at most this
+    run.audit((said, mask, torch.full_like(rated[0], bound)), run.config.steps)
+
+
+def best_of_n(recipe: Recipe) -> Recipe:
+    """No training at all: sample more, keep the best."""
+    return recipe.rule(policy=choose_best)
+
+
+def stack(names: str, config: DriftConfig) -> Recipe:
+    """The recipe of one arm, or of several joined by "+", first to last.
+
+    Raises ValueError for a name that is no arm, or for one that undoes a fault it does not find.
+    """
+    recipe, wanted = Recipe(config), names.split("+")
+    for name in wanted:
+        if name not in ARMS:
+            raise ValueError(f"no remedy {name!r}: there are {', '.join(sorted(ARMS))}")
+        recipe = ARMS[name](recipe)
+    left = tuple(name for name in wanted if name != "none")
+    return Recipe(recipe.config, recipe.rules, left)
+
+
+counter = partial(pairs, pair_rules.counterfactual)
+FAULTS: dict[str, Change] = {
+    "book_literal": ppo(kl_place="book_literal"),
+    "token_mean": ppo(kl_aggregation="token_mean"),
+    "grpo": ppo(advantage="grpo", loss_aggregation="sequence_mean"),
+}
+REMEDIES: dict[str, Remedy] = {
+    # ------------------------------------------------------------ which pairs are ranked
+    "balanced": Remedy(
+        "as many long winners as short ones", pairs(pair_rules.balance), "pairs",
+        "keep pairs until P(longer wins) = 1/2", "drops pairs; halves a length slope only",
+        "Singhal et al. 2023, arXiv 2310.03716, section 4",
+    ),
+    "matched_length": Remedy(
+        "the same within bins of |length difference|", pairs(pair_rules.match, hedges=False),
+        "pairs", "P(longer wins | bin of |dlen|, stratum) = 1/2",
+        "drops more pairs; blind to the second axis",
+        "Singhal et al. 2023, arXiv 2310.03716, section 4",
+    ),
+    "matched": Remedy(
+        "the same within bins of |length difference| and of hedging", pairs(pair_rules.match),
+        "pairs", "P(longer wins | bin of |dlen|, stratum, who hedges) = 1/2",
+        "drops most pairs; needs a detector of hedges",
+        "Singhal et al. 2023, arXiv 2310.03716, section 4; two axes are ours",
+    ),
+    "equal_style": Remedy(
+        "only pairs of equal length and hedging", pairs(pair_rules.equal), "pairs",
+        "|dlen| < 3, both hedge or neither", "drops nearly all pairs",
+        "ours",
+    ),
+    "counterfactual_tie": Remedy(
+        "padded twins that tie", counter(tie=True), "pairs",
+        "+ (x, y) and (x, padded y), each wins half the time", "as many pairs again to write",
+        "Kaushik et al. 2019, arXiv 1909.12434, for counterfactual pairs",
+    ),
+    "counterfactual_length": Remedy(
+        "courteous twins that lose", counter(hedges=False), "pairs",
+        "+ (x, y) > (x, courteous y)", "as many pairs again; blind to the second axis",
+        "Kaushik et al. 2019, arXiv 1909.12434, for counterfactual pairs",
+    ),
+    "counterfactual": Remedy(
+        "courteous or hedged twins that lose", counter(), "pairs",
+        "+ (x, y) > (x, padded y)", "as many pairs again; may undervalue wanted courtesy",
+        "Kaushik et al. 2019, arXiv 1909.12434, for counterfactual pairs",
+    ),
+    "other_prompts": Remedy(
+        "answers to other prompts lose (RRM)", pairs(pair_rules.other_prompts), "pairs",
+        "+ (x, y) > (x, y' of x'); y', y'' tie", "two and a half times the pairs to train on",
+        "Liu et al. 2024, arXiv 2409.13156, section 3",
+    ),
+    "ties": Remedy(
+        "slight wins of the longer one are ties", pairs(pair_rules.ties), "pairs",
+        "slight and longer: each wins half the time", "annotators must say how sure they are",
+        "Lin et al. 2024, arXiv 2406.04770, length-tie rule",
+    ),
+    # ------------------------------------------------------------ how they are ranked
+    "covariate": Remedy(
+        "length covariate, dropped for PPO", covariate, "RM loss",
+        "sigma(dr + phi tanh(dlen / sd)); PPO gets r", "takes deserved length if quality tracks it",
+        "form of Dubois et al. 2024, arXiv 2404.04475, in the ranking loss",
+    ),
+    "odin": Remedy(
+        "two heads, the length head dropped (ODIN)", odin, "RM loss",
+        "r_Q + r_L, |corr(r_Q, len)| -> 0; PPO gets r_Q", "two weights to choose; over-corrects",
+        "Chen et al. 2024, arXiv 2402.07319",
+    ),
+    # ------------------------------------------------------------ what PPO is told
+    "calibrated": Remedy(
+        "score minus its fit over lengths", scores(score_rules.calibrated), "reward",
+        "r - f(|y|)", "takes deserved length too; fitted once, the policy moves on",
+        "Huang et al. 2024, arXiv 2409.17407",
+    ),
+    "ensemble_mean": Remedy(
+        "mean of three reward models", scores(score_rules.ensemble("mean")), "reward",
+        "(r1 + r2 + r3) / 3", "three trainings, three scorings",
+        "Coste et al. 2023, arXiv 2310.02743",
+    ),
+    "ensemble_min": Remedy(
+        "the worst of three reward models", scores(score_rules.ensemble("min")), "reward",
+        "min(r1, r2, r3)", "three trainings, three scorings",
+        "Coste et al. 2023, arXiv 2310.02743",
+    ),
+    "ensemble_uwo": Remedy(
+        "mean minus half the variance of three", scores(score_rules.ensemble("uwo")), "reward",
+        "mean - var / 2", "three trainings, three scorings",
+        "Coste et al. 2023, arXiv 2310.02743",
+    ),
+    "par": Remedy(
+        "a sigmoid around the reference's score (PAR)", scores(score_rules.par), "reward",
+        "sigma(r - b(x))", "reference answers to every prompt; acts as a larger beta too",
+        "Fu et al. 2025, arXiv 2502.18770",
+    ),
+    "capped": Remedy(
+        "score cut at 1 sd", scores(score_rules.capped), "reward",
+        "min(r, 1)", "blind above the cap, unchanged below",
+        "clipping as compared in Fu et al. 2025, arXiv 2502.18770",
+    ),
+    "centred": Remedy(
+        "score minus the reference's on that prompt", scores(score_rules.centred), "reward",
+        "r - b(x)", "reference answers to every prompt",
+        "Ziegler et al. 2019, arXiv 1909.08593 (zero mean); per prompt here",
+    ),
+    "length_penalty": Remedy(
+        "a price on tokens", scores(score_rules.length_penalty), "reward",
+        "r - 0.08 |y|", "taxes deserved length; to be set anew for every reward model",
+        "Singhal et al. 2023, arXiv 2310.03716, section 4",
+    ),
+    "soft_overlong": Remedy(
+        "a price on the last sixteen tokens before the cap", scores(score_rules.soft_overlong),
+        "reward", "- max(0, |y| - 32) / 16", "acts on the longest answers only",
+        "Yu et al. 2025, arXiv 2503.14476, eq. 13",
+    ),
+    # ------------------------------------------------------------ what KL costs
+    "larger_beta": Remedy(
+        "beta four times as large", larger_beta, "KL",
+        "r - 4 beta L", "holds every prompt back, also where length is deserved",
+        "Ziegler et al. 2019, arXiv 1909.08593, eq. 2",
+    ),
+    "adaptive_beta": Remedy(
+        "beta that chases 3 nats", ppo(kl_target=3.0, kl_horizon=1280.0), "KL",
+        "beta (1 + 0.1 clip(KL / 3 - 1, +-0.2)) a batch", "slower than the drift; sees the mean",
+        "Ziegler et al. 2019, arXiv 1909.08593, section 2.2",
+    ),
+    "per_stratum_beta": Remedy(
+        "beta four times as large where the reference is brief", per_stratum, "KL",
+        "r - beta(x) L", "reference answers to every prompt; treats the amplifier",
+        "ours, from the tilt's largest move",
+    ),
+    "early_stop": Remedy(
+        "stop at 2 nats", early_stop, "update",
+        "no step once KL > 2", "stops what was wanted as well",
+        "Gao et al. 2022, arXiv 2210.10760: proxy and gold over distance",
+    ),
+    "placement": Remedy(
+        "KL into the reward", ppo(kl_place="reward"), "KL",
+        "-beta sum(l_t) in r, not beta grad of it in the loss", "none",
+        "Tang and Munos 2025, arXiv 2506.09477", fault="book_literal",
+    ),
+    "sequence_sum": Remedy(
+        "KL summed over the answer", ppo(kl_aggregation="sequence_sum"), "KL",
+        "sum(l_t), not sum(l_t) / |y|", "none at this length: beta must be set for sums",
+        "Tang and Munos 2025, arXiv 2506.09477", fault="token_mean",
+    ),
+    # ------------------------------------------------------------ how credit is given
+    "rloo": Remedy(
+        "the other three answers as baseline (RLOO)", ppo(advantage="rloo"), "advantage",
+        "r_i - mean of the others", "four answers a prompt, a quarter of the prompts",
+        "Ahmadian et al. 2024, arXiv 2402.14740",
+    ),
+    "dr_grpo": Remedy(
+        "neither 1/sd nor 1/|y| (Dr. GRPO)",
+        ppo(advantage="rloo", loss_aggregation="sequence_sum"), "advantage",
+        "r_i - mean, summed over tokens", "as any group baseline",
+        "Liu et al. 2025, arXiv 2503.20783", fault="grpo",
+    ),
+    # ------------------------------------------------------------ no PPO at all
+    "dpo": Remedy(
+        "DPO on the same pairs", dpo, "instead of PPO",
+        "-log sigma(beta' (dlogratio_w - dlogratio_l))", "learns the pairs' bias without a score",
+        "Rafailov et al. 2023, arXiv 2305.18290, eq. 7",
+    ),
+    "best_of_n": Remedy(
+        "the best of 16 reference answers", best_of_n, "instead of PPO",
+        "argmax of r over 16 draws", "sixteen answers for each one given",
+        "Stiennon et al. 2020, arXiv 2009.01325; KL bound: arXiv 2401.01879",
+    ),
+}  # fmt: skip
+ARMS: dict[str, Change] = {"none": keep, "fair": fair, **FAULTS}
+ARMS |= {name: remedy.change for name, remedy in REMEDIES.items()}
