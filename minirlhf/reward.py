@@ -4,7 +4,7 @@ r(x, y) is the scalar head at the last token of the answer (Xiao and Zhu 2025, a
 chapter 4: h_last W_r). The ranking loss fixes only *differences* between answers to one prompt:
 the offset of a score is free, so after training scores are put on a scale on which the
 reference's own answers have mean 0 and standard deviation 1, "reward sd". It knows nothing of
-what the answers are about. Left out: debiased variants of the training.
+what the answers are about. Left out: losses that take a bias out (debias.py has two).
 
 Sources: Bradley and Terry (1952); Stiennon et al. (2020, arXiv 2009.01325, section 3.4).
 """
@@ -12,7 +12,7 @@ Sources: Bradley and Terry (1952); Stiennon et al. (2020, arXiv 2009.01325, sect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ class RankedPairs(Protocol):
 class RewardConfig:
     """How the reward model is trained."""
 
+    section: ClassVar = "reward"  # what these settings are called in messages and metrics
     epochs: int = 2
     """passes over the pairs"""
     batch: int = 64
@@ -58,12 +59,14 @@ class RewardConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "lr", "max_grad_norm"):
             if not getattr(self, name) > 0:  # NaN fails too
-                raise ValueError(f"reward.{name} is {getattr(self, name)}; it must be positive")
+                given = f"{self.section}.{name} is {getattr(self, name)}"
+                raise ValueError(f"{given}; it must be positive")
         if not self.weight_decay >= 0:
-            raise ValueError(f"reward.weight_decay is {self.weight_decay}; it must be at least 0")
+            given = f"{self.section}.weight_decay is {self.weight_decay}"
+            raise ValueError(f"{given}; it must be at least 0")
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: float = 0.0) -> Tensor:
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor = 0.0) -> Tensor:
     """Mean of -log sigmoid(r_chosen - r_rejected - margin), in nats; scores [B] each.
 
     The gradient on r_chosen is -(1 - p) / B with p the modelled chance of the label: a pair that
@@ -108,6 +111,16 @@ class RewardModel(nn.Module):
         self.sd.copy_(raw.std())
 
 
+Objective = Callable[[RewardModel, RankedPairs, Tensor], tuple[Tensor, Tensor]]
+"""(model, pairs, rows [B]) -> the loss, and the gaps r_chosen - r_rejected [B] of what is kept."""
+
+
+def plain_ranking(model: RewardModel, pairs: RankedPairs, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The ranking loss of the scores as they are, and the gaps [B] behind it."""
+    chosen, rejected = score_pairs(model, pairs, rows)
+    return bradley_terry_loss(chosen, rejected), chosen - rejected
+
+
 def train_reward(
     model: RewardModel,
     pairs: RankedPairs,
@@ -115,47 +128,52 @@ def train_reward(
     *,
     generator: torch.Generator,
     progress: Progress = lambda step, total, metrics: None,
+    objective: Objective = plain_ranking,
 ) -> list[dict[str, float]]:
     """Fit `model` to ranked pairs in place; one row of metrics per step.
 
-    Raises ValueError if the pairs do not fill one batch, FloatingPointError if the loss stops
-    being finite.
+    `objective` is what is minimised (bias can be taken out there). Raises ValueError if the pairs
+    do not fill one batch, FloatingPointError if the loss stops being finite.
     """
     count, decay, betas = len(pairs.prompts), config.weight_decay, (0.9, 0.98)
     if count < config.batch:
         why = f"{count} pairs do not fill one batch of {config.batch}"
-        raise ValueError(f"{why}: draw more pairs or lower reward.batch")
+        raise ValueError(f"{why}: draw more pairs or lower {config.section}.batch")
     optimiser = FlatAdamW(model.trunk, lr=config.lr, betas=betas, weight_decay=decay)
     total, history = config.epochs * (count // config.batch), []
     for _ in range(config.epochs):
         order = torch.randperm(count, generator=generator).to(pairs.prompts.device)
         for rows in order[: count - count % config.batch].split(config.batch):
             optimiser.lr = learning_rate(config.lr, len(history), total)
-            chosen, rejected = score_pairs(model, pairs, rows)
-            loss = bradley_terry_loss(chosen, rejected)
+            loss, gaps = objective(model, pairs, rows)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"reward model loss is {loss.item()} at step {len(history)}; "
-                    f"lower reward.lr ({config.lr}) and train again"
+                    f"{config.section} model loss is {loss.item()} at step {len(history)}; "
+                    f"lower {config.section}.lr ({config.lr}) and train again"
                 )
             optimiser.zero_grad()
             loss.backward()
             optimiser.clip_grad(config.max_grad_norm)
             optimiser.step()
-            accuracy = (chosen > rejected).float().mean()
-            history.append({"reward/loss": loss.item(), "reward/accuracy": accuracy.item()})
+            accuracy = (gaps > 0).float().mean()
+            row = {"loss": loss.item(), "accuracy": accuracy.item()}
+            history.append({f"{config.section}/{name}": value for name, value in row.items()})
             progress(len(history), total, history[-1])
     return history
+
+
+def both_answers(pairs: RankedPairs, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts, answers and mask of `rows`, [2N, ...] each: the winners, then the losers."""
+    answers = torch.cat([pairs.chosen[rows], pairs.rejected[rows]])
+    mask = torch.cat([pairs.chosen_mask[rows], pairs.rejected_mask[rows]])
+    return pairs.prompts[rows].repeat(2, 1), answers, mask
 
 
 def score_pairs(
     model: RewardModel, pairs: RankedPairs, rows: Tensor | slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
     """Scores of the winners and of the losers of `rows`, [N] each, in one pass."""
-    prompts = pairs.prompts[rows].repeat(2, 1)
-    answers = torch.cat([pairs.chosen[rows], pairs.rejected[rows]])
-    mask = torch.cat([pairs.chosen_mask[rows], pairs.rejected_mask[rows]])
-    chosen, rejected = model(prompts, answers, mask).chunk(2)
+    chosen, rejected = model(*both_answers(pairs, rows)).chunk(2)
     return chosen, rejected
 
 
