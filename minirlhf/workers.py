@@ -15,21 +15,21 @@ import re
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from joblib import Parallel, delayed, parallel_config
 
 from minirlhf import cores, store
 
 Backend = Literal["sequential", "loky", "dask", "ray"]
-Tasks = Mapping[str, tuple[Callable[..., Any], tuple]]
 Report = Callable[[str, int, int], None]
-Outcome = tuple[str, Any, str | None]  # key, result, what went wrong
-SECONDS = 5  # to wait for a scheduler to answer
+Tasks = Mapping[str, tuple[Callable[..., Any], tuple]]
+SECONDS = 5  # in which a scheduler answers, or there is none
 
 
 class JobsFailed(RuntimeError):
@@ -66,23 +66,29 @@ class Workers:
 
 
 def run_jobs(
-    tasks: Tasks, folder: Path, workers: Workers, report: Report = lambda key, done, total: None
+    tasks: Tasks, folder: Path, workers: Workers, report: Report = lambda text, done, total: None
 ) -> dict[str, Any]:
     """{key: result} of every task, sorted; each result lies in folder/<key>.json.
 
     A key whose file is there is not run again, so it must name all that its result depends on.
     NaN becomes None. report(text, done, total) gets the key of a job that is done, or a sentence
-    on one that failed. A job whose worker died may have taken its neighbours along; all of them
-    run again, a suspect on its last try alone, so that none fails for another's fault.
+    on one that failed. A dying worker may take its neighbours along, and nobody knows whose fault
+    it was: all of them run again, but none has its last try in company.
 
-    Raises ValueError (a key that is no file name), NoWorkers (before the first job, or a
-    scheduler that went away), JobsFailed (at the end, when all others are done), StoreError.
+    Raises ValueError (a key that is no file name), NoWorkers (before the first job, or when a
+    scheduler went away), JobsFailed (at the end, with all others done), StoreError (at once).
     """
     _check_keys(tasks)
-    calls = _Calls(tasks, Path(folder), workers, report)
-    with _backend(workers) as pool:
-        calls.run(pool)
-    return dict(sorted(calls.results.items()))
+    run = _Run(tasks, Path(folder), workers.retries, report)
+    if run.todo():
+        with {"dask": _dask, "ray": _ray}.get(workers.backend, _local)(workers) as pool:
+            while todo := run.todo():
+                alone = [key for key in todo if run.is_last_try_of_a_suspect(key)]
+                run.round([key for key in todo if key not in alone], pool)
+                for key in alone:
+                    run.round([key], pool)
+    run.check()
+    return dict(sorted(run.results.items()))
 
 
 def _check_keys(tasks: Tasks) -> None:
@@ -99,147 +105,121 @@ def _check_keys(tasks: Tasks) -> None:
         raise ValueError(f"two jobs are called {twice[0]!r} but for case; give them other names")
 
 
-def _attempt(key: str, function: Callable[..., Any], args: tuple) -> Outcome:
+class _Outcome(NamedTuple):
+    key: str
+    result: Any = None
+    error: str | None = None
+
+
+def _attempt(key: str, function: Callable[..., Any], args: tuple) -> _Outcome:
     """In the worker: an error comes back as text, for not every exception survives the journey."""
     cores.use(1)
     try:
         result = json.dumps(store.plain(function(*args)), allow_nan=False)
-        return key, json.loads(result), None  # as it will be read from its file
     except (Exception, SystemExit) as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
-        return key, None, f"{type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})"
+        return _Outcome(key, error=f"{_sentence(error)} ({Path(at.filename).name}:{at.lineno})")
+    return _Outcome(key, json.loads(result))  # as it will be read from its file
 
 
-class _Calls:
-    """What is done, what failed how often, and what is still to do."""
-
-    def __init__(self, tasks: Tasks, folder: Path, workers: Workers, report: Report) -> None:
-        self.tasks, self.folder, self.retries, self.report = tasks, folder, workers.retries, report
-        self.results: dict[str, Any] = {}
-        self.tries: Counter[str] = Counter()
-        self.errors: dict[str, str] = {}
-        self.suspects: set[str] = set()  # were under way when a worker died
-        for key in tasks:
-            if (path := self._path(key)).exists():
-                try:
-                    self.results[key] = store.read_json(path)
-                except store.StoreError as error:
-                    self._say(f"{key} is run again: {error}")
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.json"
-
-    def _say(self, text: str) -> None:
-        self.report(text, len(self.results), len(self.tasks))
-
-    def run(self, pool: "_Pool") -> None:
-        """Round after round, until every job has its result or has used up its tries."""
-        while todo := [k for k in self.tasks if k not in self.results and self._may_try(k)]:
-            alone = [k for k in todo if k in self.suspects and self.tries[k] >= self.retries]
-            for batch in [
-                *pool.batches([k for k in todo if k not in alone]),
-                *([k] for k in alone),
-            ]:
-                self._round(batch, pool)
-        if failed := [key for key in self.tasks if key not in self.results]:
-            named = "; ".join(f"{key}: {self.errors[key]}" for key in failed[:3])
-            more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
-            raise JobsFailed(
-                f"{len(failed)} of {len(self.tasks)} jobs failed {self.retries + 1} times ({named}"
-                f"{more}); the others are in {self.folder}, run it again to try these anew"
-            )
-
-    def _may_try(self, key: str) -> bool:
-        return self.tries[key] <= self.retries
-
-    def _round(self, keys: Sequence[str], pool: "_Pool") -> None:
-        sent: list[str] = []
-        back: set[str] = set()
-
-        def calls() -> Iterator[Any]:
-            for key in keys:
-                sent.append(key)
-                yield delayed(_attempt)(key, *self.tasks[key])
-
-        with _quietly_closing(pool.outcomes(calls())) as outcomes:
-            while True:
-                try:
-                    key, result, error = next(outcomes)
-                except StopIteration:
-                    return None
-                except Exception as broken:  # joblib gave up: a worker died
-                    return self._broken([key for key in sent if key not in back], broken)
-                finally:
-                    pool.check()
-                back.add(key)
-                if error is None:
-                    store.write_json(self._path(key), result)
-                    self.results[key] = result
-                    self._say(key)
-                else:
-                    self._failed(key, error)
-
-    def _failed(self, key: str, error: str) -> None:
-        self.tries[key] += 1
-        self.errors[key] = error
-        then = "it is run again" if self._may_try(key) else "that was its last try"
-        self._say(f"{key} failed ({error}); {then}")
-
-    def _broken(self, keys: list[str], error: Exception) -> None:
-        """Nobody knows whose worker died, unless one job alone was under way."""
-        if not keys:
-            raise error
-        for key in keys:
-            self.suspects.add(key)
-            if len(keys) > 1:
-                self.tries[key] = min(self.tries[key], self.retries - 1)
-            self._failed(key, f"{type(error).__name__}, a worker died while it ran or waited")
-
-
-@contextmanager
-def _quietly_closing(outcomes: Iterator[Outcome]) -> Iterator[Iterator[Outcome]]:
-    """Whatever ends a round early also ends its jobs, without joblib's advice on that."""
-    try:
-        yield outcomes
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            cast(Generator, outcomes).close()
+def _sentence(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class _Pool(NamedTuple):
-    """A joblib backend that is ready, and what it needs to be told."""
+    """A joblib backend that is connected, and what it needs to be told."""
 
     jobs: int
     under_way: str = "n_jobs"  # few at a time: what a dying worker can take along
     at_once: int = 0  # jobs a call; 0: all of them
     check: Callable[[], None] = lambda: None  # raises NoWorkers when the cluster is gone
 
-    def batches(self, keys: list[str]) -> list[list[str]]:
-        step = self.at_once or max(len(keys), 1)
-        return [keys[i : i + step] for i in range(0, len(keys), step)]
-
-    def outcomes(self, calls: Iterator[Any]) -> Iterator[Outcome]:
-        how = "list" if self.at_once else "generator_unordered"
-        parallel = Parallel(self.jobs, return_as=how, pre_dispatch=self.under_way, batch_size=1)  # type: ignore[arg-type]
-        yield from cast(Iterator[Outcome], parallel(calls))
+    def outcomes(self, calls: Iterator[Any]) -> Generator[_Outcome, None, None]:
+        how = {"return_as": "list" if self.at_once else "generator_unordered", "batch_size": 1}
+        parts = iter(lambda: list(islice(calls, self.at_once)), []) if self.at_once else [calls]
+        for part in parts:
+            yield from Parallel(self.jobs, pre_dispatch=self.under_way, **how)(part)  # type: ignore
 
 
-@contextmanager
-def _backend(workers: Workers) -> Iterator[_Pool]:
-    """joblib's backend, connected."""
-    if workers.backend == "dask":
-        with _dask(workers) as pool:
-            yield pool
-    elif workers.backend == "ray":
-        with _ray(workers) as pool:
-            yield pool
-    elif workers.backend == "loky":
-        with parallel_config("loky", inner_max_num_threads=1):
-            yield _Pool(workers.jobs or cores.available())
-    else:
-        with parallel_config("sequential"):
-            yield _Pool(1)
+class _Run:
+    """What is done, what failed how often, and what is still to do."""
+
+    def __init__(self, tasks: Tasks, folder: Path, retries: int, report: Report) -> None:
+        self.tasks, self.folder, self.retries, self.report = tasks, folder, retries, report
+        self.results: dict[str, Any] = {}
+        self.tries: Counter[str] = Counter()
+        self.errors: dict[str, str] = {}
+        self.suspects: set[str] = set()  # were under way when a worker died
+        for key in tasks:
+            if (path := folder / f"{key}.json").exists():
+                try:
+                    self.results[key] = store.read_json(path)
+                except store.StoreError as error:
+                    self._say(f"{key} is run again: {error}")
+
+    def _say(self, text: str) -> None:
+        self.report(text, len(self.results), len(self.tasks))
+
+    def todo(self) -> list[str]:
+        left = (key for key in self.tasks if key not in self.results)
+        return [key for key in left if self.tries[key] <= self.retries]
+
+    def is_last_try_of_a_suspect(self, key: str) -> bool:
+        return key in self.suspects and self.tries[key] >= self.retries
+
+    def check(self) -> None:
+        """Raises JobsFailed."""
+        if keys := [key for key in self.tasks if key not in self.results]:
+            named = "; ".join(f"{key}: {self.errors[key]}" for key in keys[:3])
+            more = f"; and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise JobsFailed(
+                f"{len(keys)} of {len(self.tasks)} jobs failed {self.retries + 1} times ({named}"
+                f"{more}); the others are kept in {self.folder}, run it again to try these anew"
+            )
+
+    def round(self, keys: list[str], pool: _Pool) -> None:
+        """Each of these once, the results written as they come."""
+        under_way: list[str] = []
+
+        def calls() -> Iterator[Any]:
+            for key in keys:
+                under_way.append(key)
+                yield delayed(_attempt)(key, *self.tasks[key])
+
+        with warnings.catch_warnings(), closing(pool.outcomes(calls())) as outcomes:
+            # joblib's advice where a round ends early
+            warnings.filterwarnings("ignore", r"\d+ tasks ", UserWarning)
+            while True:
+                try:
+                    outcome = next(outcomes, None)
+                except Exception as error:  # joblib gave up: a worker died
+                    pool.check()
+                    return self._broken(under_way, error)
+                if outcome is None:
+                    return None
+                under_way.remove(outcome.key)
+                if outcome.error is None:
+                    store.write_json(self.folder / f"{outcome.key}.json", outcome.result)
+                    self.results[outcome.key] = outcome.result
+                    self._say(outcome.key)
+                else:
+                    pool.check()
+                    self._failed(outcome.key, outcome.error)
+
+    def _failed(self, key: str, error: str) -> None:
+        self.tries[key] += 1
+        self.errors[key] = error
+        then = "it is run again" if self.tries[key] <= self.retries else "that was its last try"
+        self._say(f"{key} failed ({error}); {then}")
+
+    def _broken(self, keys: list[str], error: Exception) -> None:
+        if not keys:
+            raise error
+        for key in keys:
+            self.suspects.add(key)
+            if len(keys) > 1:  # perhaps another's fault: not its last try
+                self.tries[key] = min(self.tries[key], self.retries - 1)
+            self._failed(key, _sentence(error))
 
 
 def _module(name: str, backend: str) -> Any:
@@ -253,29 +233,16 @@ def _module(name: str, backend: str) -> Any:
 
 
 @contextmanager
+def _local(workers: Workers) -> Iterator[_Pool]:
+    one = workers.backend == "sequential"
+    with parallel_config(workers.backend, inner_max_num_threads=None if one else 1):
+        yield _Pool(1 if one else workers.jobs or cores.available())
+
+
+@contextmanager
 def _dask(workers: Workers) -> Iterator[_Pool]:
-    """One client for all rounds, with two corrections of joblib's backend (as of 1.6)."""
-    distributed = _module("distributed", "dask")
-    from joblib._dask import DaskDistributedBackend
-
-    class Backend(DaskDistributedBackend):
-        def effective_n_jobs(self, n_jobs: int) -> int:
-            # where the cluster has one core, joblib would run all jobs in the calling process
-            return max(2, super().effective_n_jobs(n_jobs))
-
-        def submit(self, func: Any, callback: Any = None) -> Any:
-            # joblib waits for ever for a job whose worker died: that is its outcome, an error
-            key = func.items[0][1][0]
-
-            def arrived(out: Any) -> None:
-                lost = isinstance(out, BaseException)
-                callback([(key, None, f"{type(out).__name__}: {out}")] if lost else out)
-
-            future = super().submit(func, arrived)
-            future.add_done_callback(lambda f: arrived(f.exception()) if f.exception() else None)
-            return future
-
     where = f"dask scheduler at {workers.address}"
+    distributed = _module("distributed", "dask")
     try:
         client = distributed.Client(workers.address, timeout=SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -290,18 +257,42 @@ def _dask(workers: Workers) -> Iterator[_Pool]:
 
     with client:
         try:
-            client.wait_for_workers(1, timeout=SECONDS)
+            client.wait_for_workers(1, timeout=4 * SECONDS)
         except TimeoutError as error:
             raise NoWorkers(
                 f"the {where} has no workers: start some with `dask worker {workers.address}`"
             ) from error
-        with parallel_config(Backend(client=client)):
-            yield _Pool(-1, workers.jobs or "n_jobs", check=check)
+        with parallel_config(_dask_backend(client)):
+            yield _Pool(-1, str(workers.jobs or "n_jobs"), check=check)
+
+
+def _dask_backend(client: Any) -> Any:
+    """joblib's, with two corrections (of 1.6)."""
+    from joblib._dask import DaskDistributedBackend
+
+    class Backend(DaskDistributedBackend):
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            # where the cluster has one core, joblib would run all jobs in the calling process
+            return max(2, super().effective_n_jobs(n_jobs))
+
+        def submit(self, func: Any, callback: Any = None) -> Any:
+            # joblib would wait for ever for a job whose worker died; this makes it a failed try
+            key = func.items[0][1][0]
+
+            def arrived(out: Any) -> None:
+                lost = isinstance(out, BaseException)
+                error = _sentence(out.__cause__ or out) if lost else None
+                callback([_Outcome(key, error=error)] if lost else out)
+
+            future = super().submit(func, arrived)
+            future.add_done_callback(lambda f: arrived(f.exception()) if f.exception() else None)
+            return future
+
+    return Backend(client=client)
 
 
 @contextmanager
 def _ray(workers: Workers) -> Iterator[_Pool]:
-    """joblib's ray backend gives results only when a call ends, so a call is one job a core."""
     ray = _module("ray", "ray")
     _module("ray.util.joblib", "ray").register_ray()
     ours = not ray.is_initialized()
@@ -315,6 +306,7 @@ def _ray(workers: Workers) -> Iterator[_Pool]:
     try:
         jobs = workers.jobs or int(ray.cluster_resources().get("CPU", 1))
         with parallel_config("ray"):
+            # joblib's ray backend hands results back when a call ends: one job a core, then write
             yield _Pool(jobs, at_once=jobs)
     finally:
         if ours:

@@ -351,8 +351,8 @@ def test_settings_that_cannot_be(settings, word):
 
 def test_by_default_one_process_a_core(monkeypatch, room):
     asked = []
-    monkeypatch.setattr(workers, "Parallel", lambda n, **rest: asked.append(n) or (lambda x: x))
+    monkeypatch.setattr(workers, "Parallel", lambda n, **rest: asked.append(n) or list)
     monkeypatch.setattr(cores, "available", lambda: 3)
-    with workers._backend(Workers()) as pool:
+    with workers._local(Workers()) as pool:
         list(pool.outcomes(iter(())))
     assert asked == [3]
