@@ -1,4 +1,4 @@
-"""The command line: `minirlhf drift | seeds | data | check | battery`.
+"""The command line: `minirlhf drift | seeds | sweep | remedies | data | check | battery`.
 
 Options are the fields of the config dataclasses (`minirlhf drift --help` lists them with their
 units). What goes wrong is one sentence on stderr and a non-zero exit status; what was computed
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from minirlhf import __version__
+from minirlhf import __version__, many_runs
 from minirlhf.terminal import Bars, print_answers, print_evaluations, print_seconds
 
 EXPECTED = (ValueError, RuntimeError, FloatingPointError)  # one sentence; the rest are bugs
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     commands = {
         "drift": (_drift_run(), drift),
-        "seeds": (SeedsRun, seeds),
+        "seeds": (many_runs.SeedsRun, many_runs.seeds),
+        "sweep": (many_runs.sweep_run(), many_runs.sweep),
+        "remedies": (many_runs.RemediesRun, many_runs.remedies),
         "data": (DataRun, data),
         "check": (CheckRun, check),
         "battery": (_battery_run(), battery),
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse({name: kind for name, (kind, _) in commands.items()}, given)
         return next(run for kind, run in commands.values() if isinstance(options, kind))(options)
     except KeyboardInterrupt:
-        resumes = "; the same command with --resume goes on" if given[:1] == ["drift"] else ""
+        again = given[:1] in (["drift"], ["sweep"], ["remedies"])
+        resumes = "; the same command with --resume goes on" if again else ""
         print(f"minirlhf: stopped{resumes}", file=sys.stderr)
         return 130
     except UsageError as error:
@@ -138,31 +141,6 @@ def _unboxed(box: str) -> str:
 
 
 @dataclass(frozen=True)
-class SeedsRun:
-    """Both arms over many seeds: the table of claims with intervals."""
-
-    seeds: int = 10
-    """seeds 0 .. seeds - 1"""
-    fresh: int = 5
-    """further seeds, from 100 on, at which no setting was chosen"""
-    jobs: int = 2
-    """single-thread processes at once; one a core is fastest"""
-    out: Path = Path("data/seeds.json")
-    """all summaries and the table"""
-    table: Path = Path("docs/seeds.md")
-    """the table as Markdown"""
-
-    def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("fresh", 0), ("jobs", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.seeds > 100:
-            raise ValueError(
-                f"seeds is {self.seeds}; it must be at most 100, where the fresh ones begin"
-            )
-
-
-@dataclass(frozen=True)
 class DataRun:
     """Make data/ anew from a default run (all but desk.toml and seeds.json)."""
 
@@ -217,32 +195,6 @@ def drift(options: Any) -> int:
     print_seconds(summary, run.metrics, print)
     print(f"\n{QUICK}" * options.quick)
     print(f"\nWritten to {options.out}: report.html, drift.png, summary.json and the rest")
-    return 0
-
-
-def seeds(options: SeedsRun) -> int:
-    """Run both arms of every seed and write the table of claims."""
-    from minirlhf.drift import DriftConfig
-    from minirlhf.seeds import FRESH, NOTE, markdown, run_seeds, table
-    from minirlhf.store import write_json, write_text
-
-    wanted = [*range(options.seeds), *range(FRESH, FRESH + options.fresh)]
-    done, bar = [], tqdm(total=2 * len(wanted), desc="runs", ncols=88)
-    for summary in run_seeds(DriftConfig(), wanted, jobs=options.jobs):
-        done.append(summary)
-        bar.update()
-    bar.close()
-    done.sort(key=lambda s: (s["arm"], s["seed"]))
-    tuned, fresh = ([s for s in done if (s["seed"] >= FRESH) == new] for new in (False, True))
-    rows = [{"seeds": f"seeds 0 to {options.seeds - 1}", **row} for row in table(tuned)]
-    rows += [{"seeds": "fresh seeds", **row} for row in table(fresh)]
-    slim = [{k: v for k, v in s.items() if k != "batches"} for s in done]
-    write_json(options.out, {"table": rows, "runs": slim})
-    text = markdown(
-        rows, f"minirlhf seeds --seeds {options.seeds} --fresh {options.fresh}", note=NOTE
-    )
-    write_text(options.table, text)
-    print(text)
     return 0
 
 

@@ -37,6 +37,8 @@ from minirlhf.whatif import follow
 from minirlhf.workers import Report, Workers, run_jobs
 
 NO_PUSH = ("dpo", "best_of_n")
+STACKS = ("counterfactual_length+covariate", "matched+larger_beta")
+EVERY_ARM = (*REMEDIES, "fair", *STACKS)
 FORK = CLASSES.index("fork")
 PARTS = ("reward", "kl", "baseline", "shift", "value_loss", "kl_loss")
 

@@ -28,9 +28,7 @@ def balance(pairs: Pairs, run: "Upstream", rng: np.random.Generator) -> Pairs:
     return _balanced(pairs, np.zeros(len(pairs), int), rng)
 
 
-def match(
-    pairs: Pairs, run: "Upstream", rng: np.random.Generator, *, hedges: bool = True
-) -> Pairs:
+def match(pairs: Pairs, run: "Upstream", rng: np.random.Generator, *, hedges: bool = True) -> Pairs:
     """The same within every bin of |length difference|, in either stratum; with `hedges` also
     within the pairs whose longer answer alone hedges, and those whose shorter one does."""
     longer = np.sign(_longer(pairs))

@@ -10,6 +10,7 @@ other length-bias dials. MANIFEST.json lists every file with its sha256, seed an
 
 import copy
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -78,10 +79,25 @@ class Shipped:
         """One row per PPO step (docs/metrics.md), a pandas DataFrame."""
         return self._table("metrics")
 
-    def _table(self, name: str):
+    def _table(self, name: str, folder: str = "drift"):
         import pandas as pd
 
-        return pd.read_parquet(self.folder / "drift" / f"{name}.parquet")
+        return pd.read_parquet(self.folder / folder / f"{name}.parquet")
+
+    @cached_property
+    def remedies(self):
+        """One row per arm and seed of `minirlhf remedies`, a pandas DataFrame."""
+        return self._table("remedies", "evidence")
+
+    @cached_property
+    def sweep(self):
+        """One row per cell of the shipped sweep, a pandas DataFrame."""
+        return self._table("sweep", "evidence")
+
+    @cached_property
+    def trajectories(self):
+        """One row per cell and PPO step of the shipped sweep, a pandas DataFrame."""
+        return self._table("trajectories", "evidence")
 
     @property
     def seeds(self) -> list[dict[str, Any]]:
@@ -244,16 +260,34 @@ def _reward_models(run: Drift, folder: Path, report: Progress | None) -> None:
             report("dials", done + 1, len(dials), {"length bias": dial})
 
 
-def write_manifest(folder: Path, *, seed: int) -> dict[str, Any]:
-    """MANIFEST.json of every file below `folder`, itself left out."""
+def ship(tables: Mapping[str, Path], *, command: str, seed: int) -> None:
+    """Put tables (Parquet) into data/evidence and list them, with their command."""
+    folder = data_folder()
+    for name, path in tables.items():
+        _copy(path, folder / "evidence" / f"{name}.parquet")
+    made = {f"evidence/{name}.parquet": (command, seed) for name in tables}
+    write_manifest(folder, seed=DriftConfig().seed, made=made)
+
+
+def write_manifest(
+    folder: Path, *, seed: int, made: Mapping[str, tuple[str, int]] | None = None
+) -> dict[str, Any]:
+    """MANIFEST.json of every file below `folder`, itself left out.
+
+    `made`: command and seed of files that other commands made; of evidence/ what was listed stays.
+    """
+    path, by = folder / "MANIFEST.json", {"desk.toml": ("written by hand", seed)}
+    by["seeds.json"] = ("minirlhf seeds", seed)
+    listed = read_json(path)["files"] if path.exists() else {}
+    kept = {k: (v["command"], v["seed"]) for k, v in listed.items() if k.startswith("evidence/")}
+    by |= kept | dict(made or {})
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name in ("MANIFEST.json",) or name.startswith("."):
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name == "MANIFEST.json" or name.startswith("."):
             continue
-        made = {"desk.toml": "written by hand", "seeds.json": "minirlhf seeds"}.get(name, COMMAND)
-        size = path.stat().st_size
-        files[name] = {"sha256": sha256(path), "bytes": size, "seed": seed, "command": made}
-    manifest = {"files": files}
-    write_json(folder / "MANIFEST.json", manifest)
-    return manifest
+        command, drawn = by.get(name, (COMMAND, seed))
+        facts = {"sha256": sha256(file), "bytes": file.stat().st_size}
+        files[name] = facts | {"seed": drawn, "command": command}
+    write_json(path, {"files": files})
+    return {"files": files}

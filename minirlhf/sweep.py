@@ -1,7 +1,7 @@
 """Grids of runs: beta x epsilon x length bias x remedy x seed, one row and one trajectory a run.
 
-    grid = Grid(beta=(0.02, 0.2), seed=(0, 1))
-    rows, steps = run_cells(grid.cells(), DriftConfig(steps=60), Path("runs/sweep"), Workers())
+    base, grid = DriftConfig(steps=60), Grid(beta=(0.02, 0.2), seed=(0, 1))
+    rows, steps = run_cells(grid.cells(base), base, Path("runs/sweep"), Workers())
 
 Each cell is the run that drift.Drift alone would make, bit for bit: what cells have in common (the
 reference of a seed; the reward model of its pairs and rules) is trained once, before them, and a
@@ -30,7 +30,7 @@ from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
 from minirlhf.recipe import Recipe, changed
 from minirlhf.remedies import ARMS, stack
-from minirlhf.store import read_json, write_atomic, write_json, write_table
+from minirlhf.store import StoreError, plain, read_json, write_atomic, write_json, write_table
 from minirlhf.upstream import Upstream
 from minirlhf.workers import Report, Workers, run_jobs
 
@@ -85,27 +85,46 @@ class Cell:
 class Grid:
     """The values of every dial; each combination is a run."""
 
-    beta: tuple[float, ...] = (0.07,)
-    """price of KL, reward sd per nat"""
-    clip: tuple[float, ...] = (0.2,)
+    beta: tuple[float, ...] = ()
+    """price of KL, reward sd per nat (none given: that of the settings, as for the others)"""
+    clip: tuple[float, ...] = ()
     """epsilon of the clipped ratio"""
-    length_bias: tuple[float, ...] = (0.0455,)
+    length_bias: tuple[float, ...] = ()
     """what labelers pay for a token, gold points"""
     remedy: tuple[str, ...] = ("none",)
     """arms of remedies.py; several joined by + are applied one after the other"""
-    seed: tuple[int, ...] = (0,)
+    seed: tuple[int, ...] = ()
     """every random draw of a run"""
 
-    def cells(self) -> list[Cell]:
+    def cells(self, base: DriftConfig) -> list[Cell]:
         """Every combination once. Raises ValueError, before any run, for one that cannot be."""
-        for name, values in vars(self).items():
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"grid.{name} is {values}; give one value or more, none twice")
-        dials = (self.remedy, self.beta, self.clip, self.length_bias, self.seed)
-        found = [Cell(*values) for values in itertools.product(*dials)]
+        usual = {"beta": base.ppo.beta, "clip": base.ppo.clip, "seed": base.seed}
+        usual |= {"length_bias": base.preferences.length_bias, "remedy": "none"}
+        dials = {name: getattr(self, name) or (value,) for name, value in usual.items()}
+        for name, values in dials.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"grid.{name} is {values}; give no value twice")
+        found = [Cell(**dict(zip(dials, values))) for values in itertools.product(*dials.values())]  # noqa: B905
         for cell in found:
-            cell.recipe(DriftConfig())
+            cell.recipe(base)
         return found
+
+
+def claim(out: Path, base: DriftConfig, *, resume: bool) -> None:
+    """Say whose folder it is. Raises StoreError if it holds a sweep with other settings (the dials
+    of its grid apart), or one and resume is False."""
+    settings = plain(asdict(replace(base, seed=0)))
+    for part, dials in {"ppo": ("beta", "clip"), "preferences": ("length_bias",)}.items():
+        settings[part] = {k: v for k, v in settings[part].items() if k not in dials}
+    path, wanted = out / "sweep.json", {"version": __version__, "settings": settings}
+    if path.exists() and not resume:
+        raise StoreError(f"{out} already holds a sweep; add --resume or choose another --out")
+    if path.exists() and read_json(path) != wanted:
+        raise StoreError(
+            f"{out} holds a sweep with other settings (see {path}); give the same ones to resume "
+            "it, or choose another --out"
+        )
+    write_json(path, wanted)
 
 
 def run_cells(
@@ -211,10 +230,9 @@ def outcome(run: Drift, summary: Mapping[str, Any]) -> Row:
     """What came out of a run, reference beside end, brief and detailed prompts apart."""
     found: Row = {"steps": summary["final"]["step"], "rm_score_sd": summary["final"]["rm_score_sd"]}
     found["kl_nats"] = summary["final"]["kl_nats"]
-    for moment, sampled in (
-        ("reference", run.auditor.sample(run.reference)),
-        ("final", run.ending),
-    ):
+    assert run.ending is not None
+    answers = {"reference": run.auditor.sample(run.reference), "final": run.ending}
+    for moment, sampled in answers.items():
         more = run.auditor.closing(sampled)
         for stratum in STRATA:
             for name, value in {**summary[moment][stratum], **more[stratum]}.items():

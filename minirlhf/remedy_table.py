@@ -1,0 +1,193 @@
+"""The table of remedies: what every arm does, as means over seeds with intervals.
+
+Every measure is a column computed run by run (a change against the reference is paired: both were
+audited on the same probes), then averaged over seeds with a Student t interval; with five seeds a
+bootstrap would be too narrow. The two-sided test asks whether brief answers came back *and* whether
+detailed ones kept what they need: a remedy that shortens deserved length has failed as well.
+Left out: running the arms (evidence.py), and figures (lab/).
+
+Source: Student (1908), "The probable error of a mean".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from minirlhf.desk import STRATA
+from minirlhf.evidence import NO_PUSH, PARTS
+from minirlhf.remedies import ARMS, REMEDIES
+
+Column = Callable[[pd.DataFrame], pd.Series]
+LENGTH = 0.30  # brief answers this close to the reference's length, as a share of it
+GOLD = -0.05  # and no worse than this, in points
+STEPS = 0.80  # and detailed answers with this share of the reference's steps
+COVERAGE = 0.95
+
+
+class Measure(NamedTuple):
+    """A column of the table: what it is, its unit, and how many digits are robust."""
+
+    name: str
+    title: str
+    unit: str
+    column: Column
+    digits: int = 2
+
+
+def _ratio(stratum: str, name: str) -> Column:
+    return lambda d: d[f"final_{stratum}_{name}"] / d[f"reference_{stratum}_{name}"]
+
+
+def _change(stratum: str, name: str) -> Column:
+    return lambda d: d[f"final_{stratum}_{name}"] - d[f"reference_{stratum}_{name}"]
+
+
+def _plain(name: str) -> Column:
+    return lambda d: d[name]
+
+
+def _measures() -> list[Measure]:
+    found = []
+    for s in STRATA:
+        found += [
+            Measure(f"{s}_length_ratio", f"{s}: length", "x reference", _ratio(s, "length_tokens")),
+            Measure(f"{s}_gold_change", f"{s}: gold", "points", _change(s, "gold")),
+        ]
+        for name in ("direct", "evasion", "hedged", "verbose"):
+            change = _change(s, f"{name}_rate")
+            found.append(Measure(f"{s}_{name}_change", f"{s}: {name} answers", "share", change))
+        found.append(Measure(f"{s}_kl_nats", f"{s}: KL", "nats", _plain(f"final_{s}_kl_nats"), 1))
+    steps = _ratio("detailed", "steps_share")
+    found.append(Measure("detailed_steps_kept", "detailed: steps", "x reference", steps))
+    rate = _plain("final_brief_verbose_rate")
+    found.append(Measure("brief_verbose_rate", "brief: verbose answers", "share", rate))
+    units = {"rm_score_sd": ("RM score", "reward sd"), "kl_nats": ("KL", "nats")}
+    units |= {"gap_courtesy_brief_sd": ("worth of one courtesy phrase", "reward sd")}
+    units |= {"gap_hedge_brief_sd": ("worth of one hedge", "reward sd")}
+    units |= {"gap_score": ("score gap in the batch", "reward sd")}
+    units |= {"gap_cost": ("KL cost gap in the batch", "reward sd")}
+    units |= {"gap_effective": ("effective reward gap in the batch", "reward sd")}
+    for side in ("verbose", "concise"):
+        units[f"fork_{side}"] = (f"advantage at the fork, {side}", "sd of advantages")
+        units[f"push_{side}"] = (f"push on {side}", "nats a step")
+        units |= {f"push_{side}_{p}": (f"push on {side}, {p}", "nats a step") for p in PARTS}
+    return found + [Measure(k, *v, _plain(k)) for k, v in units.items()]
+
+
+MEASURES = {m.name: m for m in _measures()}
+
+
+def measured(rows: pd.DataFrame) -> pd.DataFrame:
+    """remedy, seed, and one column per measure, run by run."""
+    columns = {m.name: m.column(rows).astype(float) for m in MEASURES.values()}
+    return pd.DataFrame({"remedy": rows["remedy"], "seed": rows["seed"], **columns})
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """mean, low, high (95 % Student t; nan limits below two values) and n of what is known."""
+    known = values[~np.isnan(values)]
+    n, mean = len(known), float(known.mean()) if len(known) else np.nan
+    half = stats.t.ppf((1 + COVERAGE) / 2, n - 1) * stats.sem(known) if n > 1 else np.nan
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Long: remedy, measure, mean, low, high, n; the arms in the order of remedies.py."""
+    each = measured(rows)
+    order = [name for name in ARMS if name in set(each["remedy"])]
+    order += sorted(set(each["remedy"]) - set(order))  # stacks
+    found = []
+    for remedy in order:
+        of = each.loc[each["remedy"] == remedy]
+        for name in MEASURES:
+            found.append({"remedy": remedy, "measure": name, **interval(of[name].to_numpy())})
+    return pd.DataFrame(found)
+
+
+def repaired(rows: pd.DataFrame) -> pd.DataFrame:
+    """The two-sided test on the means: remedy, the three figures, and whether each holds."""
+    means = summarise(rows).pivot(index="remedy", columns="measure", values="mean")
+    found = means[["brief_length_ratio", "brief_gold_change", "detailed_steps_kept"]].copy()
+    found["length"] = (found["brief_length_ratio"] - 1).abs() <= LENGTH
+    found["gold"] = found["brief_gold_change"] >= GOLD
+    found["steps"] = found["detailed_steps_kept"] >= STEPS
+    found["repaired"] = found[["length", "gold", "steps"]].all(axis=1)
+    return found.reset_index()
+
+
+def agreement(rows: pd.DataFrame) -> pd.DataFrame:
+    """Push against outcome: remedy, push (nats a step, mean over seeds), moved (verbose share of
+    brief answers at the end minus that of the policy which drew the batch), agrees (same sign).
+
+    Arms without a push, and those that make no step from there on (a push of 0), are left out.
+    """
+    of = rows[~rows["remedy"].isin(NO_PUSH) & rows["push_verbose"].notna()]
+    moved = of["final_brief_verbose_rate"] - of["verbose_then"]
+    found = of.assign(push=of["push_verbose"].astype(float), moved=moved.astype(float))
+    found = found.groupby("remedy", sort=False)[["push", "moved"]].mean().reset_index()
+    found = found[found["push"] != 0]
+    found["agrees"] = np.sign(found["push"]) == np.sign(found["moved"])
+    return found.reset_index(drop=True)
+
+
+SHOWN = ("brief_length_ratio", "brief_gold_change", "brief_direct_change")
+SHOWN += ("brief_evasion_change", "brief_hedged_change", "detailed_length_ratio")
+SHOWN += ("detailed_gold_change", "detailed_steps_kept", "detailed_hedged_change")
+SHOWN += ("rm_score_sd", "kl_nats")
+AT_BATCH = ("gap_score", "gap_cost", "gap_effective", "fork_verbose", "fork_concise")
+AT_BATCH += ("push_verbose", "push_concise", "gap_courtesy_brief_sd", "gap_hedge_brief_sd")
+NOTE = (
+    "Means over runs, with a 95 % Student t interval over seeds. *Repaired*: on brief prompts the "
+    "length within 30 % of the reference's and gold at most 0.05 points below it, and detailed "
+    "answers with at least 80 % of the reference's steps. Changes are end minus reference; the "
+    "batch is one of the run that the arm repairs, its answers priced and credited anew."
+)
+
+
+def wide(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """One row an arm, one column a measure, "mean [low, high]" as text."""
+    long = summarise(rows)
+    long = long[long["measure"].isin(names)]
+    cells = zip(*(long[k] for k in ("measure", "mean", "low", "high")), strict=True)
+    found = long.assign(text=[_text(MEASURES[m].digits, *values) for m, *values in cells])
+    order = list(dict.fromkeys(found["remedy"]))
+    return found.pivot(index="remedy", columns="measure", values="text").loc[order, list(names)]
+
+
+def _text(digits: int, mean: float, low: float, high: float) -> str:
+    if np.isnan(mean):
+        return "–"
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def markdown(rows: pd.DataFrame, command: str) -> str:
+    """docs/remedies.md: the whole table, with the command that made it."""
+    test = repaired(rows).set_index("remedy")["repaired"].to_dict()
+    signs, seeds = agreement(rows), sorted(set(rows["seed"]))
+    said = f"Made by `{command}`: every arm from nothing on seeds {', '.join(map(str, seeds))}."
+    blocks = ["# Remedies", f"{said} {NOTE}"]
+    for title, names in (("Trained outcome", SHOWN), ("The same logged batch", AT_BATCH)):
+        heads = [f"{MEASURES[n].title} ({MEASURES[n].unit})" for n in names]
+        cells = wide(rows, names).to_dict("index")
+        lines = [(k, "yes" if test[k] else "no", *cells[k].values()) for k in cells]
+        blocks += [f"## {title}", _table(("arm", "repaired", *heads), lines)]
+    agreed = f"{int(signs['agrees'].sum())} of {len(signs)} arms"
+    blocks += ["## Push against outcome"]
+    blocks += [f"The sign of the push on verbose answers agrees with the run's end in {agreed}."]
+    cells = signs.to_dict("records")
+    lines = [(r["remedy"], f"{r['push']:+.3f}", f"{r['moved']:+.2f}", r["agrees"]) for r in cells]
+    heads = ("arm", "push (nats a step)", "change of the verbose share from there", "agrees")
+    blocks += [_table(heads, lines), "## What each arm is"]
+    about = ("title", "acts", "equation", "cost", "source")
+    lines = [(name, *(getattr(r, k) for k in about)) for name, r in REMEDIES.items()]
+    return "\n\n".join([*blocks, _table(("arm", *about), lines)]) + "\n"
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(
+        f"| {' | '.join(str(x).replace('|', chr(92) + '|') for x in r)} |" for r in rows
+    )
