@@ -29,7 +29,7 @@ from minirlhf.model import response_states
 from minirlhf.ppo import price_and_credit, treat_missing_eos
 from minirlhf.push import CLASSES, Push, push, reference_entropy, token_classes
 from minirlhf.recipe import Recipe, changed
-from minirlhf.remedies import REMEDIES, stack
+from minirlhf.remedies import FAULTS, REMEDIES, stack
 from minirlhf.rollout import Rollout
 from minirlhf.store import load_rollout, load_tensors, read_json
 from minirlhf.sweep import Cell, Row, run_cells, workplace
@@ -196,9 +196,10 @@ def run_remedies(
     def cell(name: str, seed: int) -> Cell:
         return Cell(name, base.ppo.beta, base.ppo.clip, base.preferences.length_bias, seed)
 
-    broken = {name: REMEDIES[name].fault if name in REMEDIES else name for name in names}
-    broken |= {name: name for name in (*broken.values(), "none")}
-    broken["fair"] = "none"
+    broken = {name: REMEDIES[name].fault if name in REMEDIES else "none" for name in names}
+    broken |= {
+        name: name for name in ("none", *FAULTS) if name in {"none", *names, *broken.values()}
+    }
     kept = [cell(name, s) for name in sorted({*broken.values()}) for s in seeds]
     trained = [name for name in broken if name == "none" or not _is_default(name, base)]
     rest = [cell(name, s) for name in sorted(trained) for s in seeds]

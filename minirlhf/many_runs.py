@@ -95,12 +95,18 @@ class RemediesRun:
 @contextmanager
 def _bars():
     """report(stage) for the stages of a sweep: a bar each, and a line for what went wrong."""
-    open_: dict[str, tqdm] = {}
+    bars: dict[str, tqdm] = {}
+
+    def close() -> None:
+        for bar in bars.values():
+            bar.close()
 
     def stage(name: str) -> Callable[[str, int, int], None]:
         def report(text: str, done: int, total: int) -> None:
-            bar = open_.get(name) or tqdm(total=total, desc=f"{name:<13}", ncols=88)
-            open_[name] = bar
+            if name not in bars:
+                close()
+                bars[name] = tqdm(total=total, desc=f"{name:<13}", ncols=88)
+            bar = bars[name]
             if done == bar.n:
                 tqdm.write(f"minirlhf: {text}", file=sys.stderr)
             bar.update(done - bar.n)
@@ -110,8 +116,7 @@ def _bars():
     try:
         yield stage
     finally:
-        for bar in open_.values():
-            bar.close()
+        close()
 
 
 def seeds(options: SeedsRun) -> int:
