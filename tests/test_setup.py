@@ -23,9 +23,8 @@ else:
 HOME = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((HOME / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ENVIRONMENT = yaml.safe_load((HOME / "environment.yml").read_text(encoding="utf-8"))
-DIRECT = [
-    Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
-]
+EXTRAS = PROJECT["optional-dependencies"]
+DIRECT = [Requirement(text) for text in PROJECT["dependencies"] + EXTRAS["dev"]]
 PYTHONS = ["3.10.13", "3.11.2", "3.11.7", "3.12.1", "3.13.0"]
 
 
@@ -96,6 +95,13 @@ def test_environment_installs_the_very_same_pins():
     assert versions["pytorch-cpu"] == pins()["torch"]
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(versions["python"])
     assert ENVIRONMENT["name"] == PROJECT["name"]
+
+
+def test_dev_brings_dask_along_and_not_ray():
+    """One backend for clusters is tested wherever the tests run; the other is 250 MB."""
+    assert set(EXTRAS) == {"dev", "dask", "ray"}
+    assert set(EXTRAS["dask"]) < set(EXTRAS["dev"])
+    assert "ray" not in {need.name for need in DIRECT} | pins().keys()
 
 
 def test_version_is_the_same_everywhere():
