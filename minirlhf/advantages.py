@@ -33,9 +33,7 @@ def last_token(mask: Tensor) -> Tensor:
     return (mask * steps).amax(-1) - 1
 
 
-def shape_rewards(
-    scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Tensor
-) -> Tensor:
+def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Tensor) -> Tensor:
     """Per-token rewards [B, T]: -beta * kl on every token, plus the score on the last one.
 
     scores [B] in reward sd, kl [B, T] in nats, beta in reward sd per nat: one price, or

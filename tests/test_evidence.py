@@ -66,10 +66,9 @@ def test_a_recipe_that_changes_nothing_finds_the_logged_advantages_and_pushes(de
     parts = split(logged.rollout, logged.convention)
     assert torch.allclose(parts.total.float(), logged.rollout.advantages, atol=1e-5)
     asked = [default.prompts[i] for i in logged.rollout.index.tolist()]
-    sides = dict(
-        zip(("verbose", "concise"), kinds(default.desk, logged.rollout, asked), strict=True)
-    )
-    direct = push(default.ppo, logged.rollout, parts, sides, optimiser="adam")
+    verbose, concise = kinds(default.desk, logged.rollout, asked)
+    targets = {"verbose": verbose, "concise": concise}
+    direct = push(default.ppo, logged.rollout, parts, targets, optimiser="adam")
     assert found["n_verbose"] == 8 and found["n_concise"] == 8
     for name, each in direct.items():
         assert found[f"push_{name}"] == pytest.approx(each.total - each.memory, rel=1e-3, abs=1e-7)
