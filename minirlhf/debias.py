@@ -45,13 +45,13 @@ class LengthCovariate:
 
     def __init__(self, pairs: RankedPairs):
         """Raises ValueError if all answers of a pair are equally long."""
-        longer = (pairs.chosen_mask.sum(1) - pairs.rejected_mask.sum(1)).double()
+        longer = (pairs.chosen_mask.sum(1) - pairs.rejected_mask.sum(1)).float()
         self.scale = longer.square().mean().sqrt().item()
         if self.scale == 0:
             raise ValueError(
                 "every pair's answers are equally long: there is no length to take out"
             )
-        self.term = (longer / self.scale).tanh().to(torch.get_default_dtype())  # (N,)
+        self.term = (longer / self.scale).tanh()  # (N,)
         self.phi = 0.0
         for _ in range(200):  # starts at its optimum for r = 0, or r would take length in first
             self._newton(torch.zeros_like(self.term), self.term)
