@@ -1,0 +1,596 @@
+# %% [markdown]
+# # 08 · The remedies: change one thing
+#
+# **After this notebook you can** propose one concrete change to the ranking or to PPO and its KL
+# penalty, say by its effective reward which way the update will push, hold that against what
+# trained runs did on brief *and* detailed prompts, name its price and the other style to which the
+# pressure may move, and mark an answer to the case's second question.
+#
+# **Minutes** 75 · **before** notebooks 03 to 07 · **runs** in about half a minute · **seed** 0
+
+# %%
+from dataclasses import replace
+from functools import partial
+
+import torch
+from IPython.display import HTML
+
+from minirlhf import pair_rules
+from minirlhf.autopsy import Convention, split
+from minirlhf.facts import kinds
+from minirlhf.lab.live import Picture
+from minirlhf.lab.remedy import forest_figure, frontier_figure, push_figure, remedy_table_html
+from minirlhf.model import response_states
+from minirlhf.ppo import price_and_credit
+from minirlhf.push import push
+from minirlhf.recipe import Recipe, changed
+from minirlhf.remedies import REMEDIES, stack
+from minirlhf.remedy_table import agreement, repaired, summarise
+from minirlhf.shipped import shipped
+from minirlhf.whatif import follow, rescored
+
+case = shipped()
+run, batch = case.run_before(10), case.rollout(10)  # the run as it was, and what it then drew
+mask, beta = batch.mask, case.config.ppo.beta
+rows = case.remedies  # one row an arm and seed
+table = summarise(rows).set_index(["remedy", "measure"])
+print(f"{rows.remedy.nunique()} arms, each on {rows.seed.nunique()} seeds")
+
+# %% [markdown]
+# ## 1 The question, and what can answer it
+#
+# > *Propose one concrete change, to the training of the reward model as a ranking problem or to
+# > PPO and its KL penalty. Justify it by the advantage-weighted gradient, the effective reward, or
+# > both.*
+#
+# PPO does not see the reward model's score $r$. It sees
+#
+# $$r_{\mathrm{eff}}(y) = r(y) - \beta L(y), \qquad
+# L(y) = \sum_t \log \frac{\pi_\theta(y_t \mid \cdot)}{\pi_{ref}(y_t \mid \cdot)}$$
+#
+# and lifts what is above what the critic expected of it. Between a verbose and a concise answer to
+# the same kind of question, what counts is the **gap**, verbose less concise:
+#
+# $$\Delta r_{\mathrm{eff}} = \Delta r - \beta\, \Delta L$$
+#
+# So a remedy has three places to act. **(i)** $\Delta r$: what the ranking teaches, or what PPO is
+# told of it. **(ii)** $\beta$: what a nat costs, and to whom. **(iii)** Which samples and tokens
+# carry the gradient. One that moves none of them repairs nothing. Here are the two terms in the
+# shipped batch, answers to brief prompts:
+
+# %%
+asked = case.prompts()
+prompts = [asked[i] for i in batch.index.tolist()]
+brief = torch.tensor([prompt.stratum == "brief" for prompt in prompts])
+verbose, concise = (kind & brief for kind in kinds(case.desk, batch, prompts))
+nats = torch.where(mask, batch.logprobs - batch.ref_logprobs, 0.0).sum(1)
+
+
+def gap(x):
+    """Mean of the verbose less mean of the concise answers."""
+    return float(x[verbose].double().mean() - x[concise].double().mean())
+
+
+print(f"{int(verbose.sum())} verbose and {int(concise.sum())} concise answers to brief prompts")
+print(f"score {gap(batch.scores):+.1f} sd, log-ratio {gap(nats):+.1f} nats at {beta} sd a nat")
+print(f"effective gap {gap(batch.scores) - beta * gap(nats):+.1f} sd")
+
+# %% [markdown]
+# **Exercise 1** (10 minutes). Write the effective gap of a batch and the price of a nat at which
+# it is zero. Log-probs are by token; mind the mask.
+
+
+# %% tags=["exercise"]
+def turning_price(scores, logprobs, ref_logprobs, mask, verbose, concise, beta):
+    """Two numbers: the effective gap (reward sd), and the beta at which it would be 0."""
+    # BEGIN SOLUTION
+    nats = ((logprobs - ref_logprobs) * mask).sum(1)
+    paid, scored = (x[verbose].mean() - x[concise].mean() for x in (nats, scores))
+    return float(scored - beta * paid), float(scored / paid)
+    # END SOLUTION
+
+
+# %% tags=["check"]
+from checks.c08 import check_turning_price
+
+print(check_turning_price(turning_price))
+
+# %% [markdown]
+# ## 2 Predict
+#
+# Five remedies. Each is applied to the batch that a drifting run has logged: the same answers, the
+# same weights, scored, priced and credited as the remedy would have it. Then one step of Adam is
+# taken apart (notebook 07).
+#
+# | remedy | what is changed |
+# |---|---|
+# | `larger_beta` | beta is four times as large |
+# | `capped` | a score counts up to 1 sd and no further |
+# | `ensemble_min` | the worst score of three reward models, each trained on resampled pairs |
+# | `balanced` | long winners are dropped until the longer answer wins half of the pairs |
+# | `counterfactual` | pairs are added: a concise answer against itself with courtesy or hedges |
+#
+# **Predict.** Which of them turn the push on *verbose* answers negative? Write down five signs.
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+FIVE = ("larger_beta", "capped", "ensemble_min", "balanced", "counterfactual")
+print("push on verbose answers, thousandths of a nat a step; mean over seeds, 95 % interval")
+for name in ("none", *FIVE):
+    at = 1e3 * table.loc[(name, "push_verbose"), ["mean", "low", "high"]].astype(float)
+    print(f"{name:15} {at['mean']:+4.0f} [{at['low']:+4.0f}, {at['high']:+4.0f}]")
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+Picture(push_figure(rows, ["none", *FIVE]))
+
+# %% [markdown]
+# TODO prose five
+#
+# ## 3 By hand
+#
+# Where do such numbers come from? Two of them can be made in a few lines, on the shipped batch:
+# another price of KL, and a price on tokens. A third is for comparison: a reward model trained on
+# the *same pairs*, ranked by labelers who pay nothing for length.
+
+# %%
+config = case.config.ppo
+with torch.no_grad():
+    states = response_states(run.policy, batch.prompts, batch.responses, mask)
+
+
+def remedied(scores=batch.scores, beta=beta):
+    """The same answers at other scores or another price; the critic follows by a fit."""
+    after = replace(config, beta=beta)
+    conventions = Convention.of(config), Convention.of(after)
+    new = replace(batch, scores=scores)
+    change, _ = follow(batch, new, *conventions, states)
+    new = replace(new, values=(new.values + change).to(batch.values.dtype))
+    return replace(new, **price_and_credit(new, after, beta)), conventions[1]
+
+
+HAND = {
+    "none": {},
+    "larger_beta": {"beta": 4 * beta},
+    "length_penalty": {"scores": batch.scores - 0.08 * batch.lengths},
+    "no length bias": {
+        "scores": rescored(batch, case.reward_model(0.0), Convention.of(config)),
+    },
+}
+made = {name: remedied(**changes) for name, changes in HAND.items()}
+print("effective gap on brief prompts, reward sd")
+for name, changes in HAND.items():
+    scores, price = changes.get("scores", batch.scores), changes.get("beta", beta)
+    mine = gap(scores) - price * gap(nats)
+    library = gap(made[name][0].rewards.sum(1))
+    assert abs(mine - library) < 1e-4
+    print(f"{name:15} {gap(scores):+.1f} - {price:.2f} x {gap(nats):.1f} = {mine:+.2f}")
+    seed0 = rows[(rows.remedy == name) & (rows.seed == 0)]
+    for found in seed0.gap_effective:  # the table's first seed is this very batch
+        assert abs(mine - found) < 1e-3
+
+# %% [markdown]
+# **Predict.** At four times the price the effective gap is nearly zero: in this batch a verbose
+# and a concise answer net the same. Is the push on the verbose ones zero, too? The price on tokens
+# and the other reward model turn the gap. Do they turn the push?
+
+# %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
+# output not compared: Adam divides by roots of small numbers
+print("measured:")
+sides = {"verbose": verbose, "concise": concise}
+print("push, thousandths of a nat a step, without what earlier batches left in Adam's memory")
+pushes = {}
+for name, (new, convention) in made.items():
+    found = push(run, new, split(new, convention), sides, optimiser="adam")
+    pushes[name] = {s: sum(float(x.sum()) for x in f.tokens.values()) for s, f in found.items()}
+    said = "   ".join(f"{side} {1e3 * x:+5.1f}" for side, x in pushes[name].items())
+    print(f"{name:15} {said}")
+    for side, x in pushes[name].items():
+        for shipped_push in rows[(rows.remedy == name) & (rows.seed == 0)][f"push_{side}"]:
+            assert abs(x - shipped_push) < 5e-4
+
+# %%
+assert pushes["none"]["verbose"] > pushes["larger_beta"]["verbose"] > 0
+assert pushes["length_penalty"]["verbose"] < 0 and pushes["no length bias"]["verbose"] < 0
+print("with the default, and at four times the price, verbose answers are still pushed up;")
+print("with a price on tokens, or without length bias, they are pushed down")
+
+# %% [markdown]
+# The gap is one contrast, of some thirty answers with some ten. The push is what *all* tokens of
+# the batch do to those answers, through weights that they share: verbose answers to detailed
+# prompts, answers that are neither verbose nor concise, right answers with one courtesy. So the
+# sign of the gap and that of the push go together when the gap is far from zero, and need not when
+# it is near. At four times the price the gap is nearly zero and the push is weaker, not turned.
+#
+# ## 4 Choose a remedy
+#
+# Every remedy is a function from recipe to recipe that changes one thing, and a row that says
+# where it acts, by which equation, and at what price.
+
+# %%
+for place in dict.fromkeys(remedy.acts for remedy in REMEDIES.values()):
+    print(place)
+    for name, remedy in REMEDIES.items():
+        if remedy.acts == place:
+            print(f"    {name:22} {remedy.equation}")
+
+# %% [markdown]
+# And all of what they did, on the batch and at the end of a trained run. Each number is a mean over
+# seeds with its 95 % interval (Student's t). Scroll to the right for the batch. Arms that only
+# repair a fault we do not have (`placement`, `sequence_sum`, `dr_grpo`) are held against runs that
+# have that fault (`book_literal`, `token_mean`, `grpo`).
+
+# %%
+HTML(remedy_table_html(rows))  # no script in it, every text escaped
+
+# %% [markdown]
+# **Turn to one.** The left figure is the push on the logged batch, before and after; the right one
+# the end of the trained runs. Compare two.
+
+# %% jupyter={"source_hidden": true}
+from minirlhf.lab.remedy import RemedyPanel
+
+panel = RemedyPanel(rows)
+panel
+
+# %% tags=["smoke"] jupyter={"source_hidden": true}
+start = panel.values()
+for name, control in panel.controls.items():
+    options = [getattr(o, "value", o[1] if isinstance(o, tuple) else o) for o in control.options]
+    for value in (options[0], options[-1]):
+        control.value = value
+        assert panel.live.alt
+    control.value = start[name]
+print("every choice at both ends is drawn")
+
+# %% [markdown]
+# ## 5 The outcome, on both sides
+#
+# A fix that shortens *every* answer has failed, too: detailed questions need their steps. So the
+# test has two sides. On **brief** prompts the length must come back to within 30 % of the
+# reference's, with gold at most 0.05 points below it. On **detailed** prompts at least 80 % of the
+# reference's steps must stay.
+#
+# **Predict.** Which of the five pass?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+test = repaired(rows).set_index("remedy")
+print("                      brief: length   gold   detailed: steps   repaired")
+for name in ("none", *FIVE, "fair"):
+    at = test.loc[name]
+    figures = f"x {at.brief_length_ratio:3.1f}   {at.brief_gold_change:+5.1f}"
+    print(f"{name:22}  {figures}      x {at.detailed_steps_kept:3.1f}           {at.repaired}")
+print("all that pass:", ", ".join(test.index[test.repaired]))
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+Picture(forest_figure(rows))
+
+# %% [markdown]
+# TODO prose forest
+#
+# ### The pressure goes elsewhere
+#
+# Our labelers pay for two styles: length, and hedging. A repair of one leaves the other.
+#
+# **Predict.** `counterfactual_length` adds twins that differ in courtesies alone, `matched_length`
+# balances winners by length alone, `covariate_length` takes length alone out of the ranking loss.
+# Each has a sibling (without `_length`) that does the same for hedging as well. What are the
+# answers like at the end, with the one and with the other: short, and direct?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+BOTH = ("none", "counterfactual_length", "counterfactual", "matched_length", "matched")
+BOTH += ("covariate_length", "covariate", "odin", "length_penalty", "fair")
+print("                        worth, reward sd         at the end, brief prompts")
+print("                        courtesy   hedge      length     hedging (change of share)")
+for name in (n for n in BOTH if n in test.index):
+    phrase, hedge, length, hedging = (
+        table.loc[(name, m), "mean"]
+        for m in ("gap_courtesy_brief_sd", "gap_hedge_brief_sd",
+                  "brief_length_ratio", "brief_hedged_change")
+    )  # fmt: skip
+    print(f"{name:22} {phrase:+9.1f}   {hedge:+5.1f}       x {length:3.1f}      {hedging:+.1f}")
+
+# %% [markdown]
+# TODO prose substitution
+#
+# ### Why balancing leaves a slope
+#
+# "The longer answer wins half of the pairs, so the reward model cannot like length." Is that so?
+# Take labelers who weigh quality and length, log-odds $\Delta q + \tfrac12 \Delta\ell$, and rank
+# as many pairs as you like; both differences are normal with variance 2. Then drop long winners
+# until half are left: over all pairs, or at every length difference by itself.
+#
+# **Predict.** A reward model that sees quality and length is fitted to what was kept. Its slope on
+# length was 0.5. What is it now: 0? Below 0? Above?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+x = torch.linspace(-8, 8, 161, dtype=torch.float64)
+q, length = torch.meshgrid(x, x[x > 0], indexing="ij")  # of the longer answer, over the other
+share = torch.exp(-(q**2 + length**2) / 4)
+wins = share * torch.sigmoid(q + 0.5 * length)  # pairs that the longer one wins; others it loses
+losses = share - wins
+
+
+def slopes(wins, losses):
+    """Newton's method for the ranking loss of these pairs: slopes on quality and length."""
+    pair, w = torch.stack([q, length]), torch.zeros(2, dtype=torch.float64)
+    for _ in range(25):
+        p = torch.sigmoid(torch.tensordot(w, pair, 1))
+        step = (pair * ((1 - p) * wins - p * losses)).sum((1, 2))
+        curve = torch.einsum("iab,jab,ab->ij", pair, pair, p * (1 - p) * (wins + losses))
+        w = w + torch.linalg.solve(curve, step)
+    return w.tolist()
+
+
+kept = {
+    "every pair": wins,
+    "balanced over all": wins * losses.sum() / wins.sum(),
+    "at every difference": wins * losses.sum(0) / wins.sum(0),
+}
+left = {}
+for name, w in kept.items():
+    left[name] = slopes(w, losses)[1]
+    print(f"{name:20} slope on length {left[name]:.2f}")
+better, worse = (float((side * q).sum() / side.sum()) for side in (wins, losses))
+print(f"where the longer answer wins it is {better:.1f} better, where it loses {-worse:.1f} worse")
+assert 0 < left["at every difference"] < left["balanced over all"] < 0.8 * left["every pair"]
+
+# %% [markdown]
+# Half of the slope is left, or a quarter. Who won decides which pairs are kept, and who won depends
+# on both: among pairs that the longer one has won, it *needed* less quality to win. Selecting on a
+# common effect ties its causes together (a *collider*). The arithmetic is short: keeping a share
+# $s$ of the long winners adds $\log s$ to the log-odds of "the longer one wins", and nothing else:
+#
+# $$\Delta q + \tfrac12 \Delta\ell + \log s, \qquad \Delta\ell > 0$$
+#
+# A constant is taken away where a slope should be. At every length difference by itself the
+# constant becomes a curve $\log s(\Delta\ell)$, and that follows the odds of winning *averaged over
+# quality*. Averaged odds are flatter than those at equal quality, so the curve takes too little
+# again. A pair with the same content and more padding holds quality fixed *by making it*, and
+# nothing is left to average over.
+#
+# **Exercise 2** (10 minutes). Write that pair rule on a toy list. A pair is (prompt, winner,
+# loser).
+
+
+# %% tags=["exercise"]
+def add_twins(pairs, concise, pad, tie):
+    """`pairs` and, for every (prompt, answer) of `concise`, its twin pad(answer), which loses.
+
+    With `tie` neither wins: both orders are added, so that each wins half of the time.
+    """
+    # BEGIN SOLUTION
+    added = []
+    for prompt, answer in concise:
+        added.append((prompt, answer, pad(answer)))
+        if tie:
+            added.append((prompt, pad(answer), answer))
+    return pairs + added
+    # END SOLUTION
+
+
+# %% tags=["check"]
+from checks.c08 import check_add_twins
+
+print(check_add_twins(add_twins))
+
+# %% [markdown]
+# ## 6 The price, and two at once
+#
+# Distance from the reference is what every remedy spends or saves; gold is what it buys. One point
+# is one arm: **gold against KL**. An arm that only stops earlier slides along the curve of the
+# default run. One that repairs the score leaves the curve.
+#
+# **Predict.** Which arms lie *above* the default's curve on brief prompts: those that act on KL, or
+# those that act on pairs?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+Picture(frontier_figure(rows))
+
+# %%
+path = {step: case.answers[(case.answers.step == step)] for step in case.steps}
+start = path[0][path[0].stratum == "brief"].gold.mean()
+best = max(case.steps, key=lambda s: path[s][path[s].stratum == "brief"].gold.mean())
+then = path[best][path[best].stratum == "brief"].gold.mean()
+print(f"on its way the default run (seed 0) has its best gold on brief prompts at step {best},")
+print(f"{then - start:+.1f} points from the reference")
+print("gold and KL on brief prompts, mean over seeds:")
+for name in ("larger_beta", "per_stratum_beta", "early_stop", "counterfactual", "fair"):
+    gold, far = (table.loc[(name, m), "mean"] for m in ("brief_gold_change", "brief_kl_nats"))
+    print(f"    {name:18} {gold:+.1f} points at {far:4.1f} nats")
+
+# %% [markdown]
+# TODO prose price
+#
+# **Two at once.** Recipes are values, so remedies stack: `stack("a+b", config)` calls one function
+# after the other, and `changed` lists what differs. On a batch the gaps of two that act on
+# different terms add up.
+
+# %%
+for name in ("larger_beta", "length_penalty", "counterfactual+larger_beta"):
+    print(f"{name:28} changes {sorted(changed(Recipe(), stack(name, case.config)))}")
+both, _ = remedied(**HAND["larger_beta"], **HAND["length_penalty"])
+nothing = gap(made["none"][0].rewards.sum(1))
+moved = {name: gap(new.rewards.sum(1)) - nothing for name, (new, _) in made.items()}
+together = gap(both.rewards.sum(1)) - nothing
+print(
+    f"effective gap: moved by {moved['larger_beta']:+.2f} and {moved['length_penalty']:+.2f},",
+    end=" ",
+)
+print(f"by both {together:+.2f}")
+assert abs(together - moved["larger_beta"] - moved["length_penalty"]) < 1e-4
+for name in (n for n in test.index if "+" in n):
+    at = test.loc[name]
+    print(
+        f"{name}: length x {at.brief_length_ratio:.1f}, gold {at.brief_gold_change:+.1f},", end=" "
+    )
+    print(f"detailed steps x {at.detailed_steps_kept:.1f}")
+
+# %% [markdown]
+# **Exercise 3** (10 minutes). Add a remedy of your own: a function that changes *exactly one*
+# thing of the recipe it is given. `recipe.ppo(...)` changes a setting of PPO, `recipe.rule(...)`
+# puts something in at a joint: `pairs`, `fit`, `scores`, `prices`, `stop`.
+
+
+# %% tags=["exercise"]
+def my_remedy(recipe):
+    """The recipe with one thing changed."""
+    # BEGIN SOLUTION
+    return recipe.rule(pairs=partial(pair_rules.counterfactual, weight=0.25))
+    # END SOLUTION
+
+
+# %% tags=["check"]
+from checks.c08 import check_remedy
+
+print(check_remedy(my_remedy))
+
+# %% [markdown]
+# To have it measured like the others, give it a row in `minirlhf/remedies.py` and run
+# `minirlhf remedies` (CONTRIBUTING.md says how).
+#
+# ## 7 Where the literature disagrees
+#
+# Three conflicts, and what this small world adds. It is one desk, one small Transformer and one
+# kind of labeler; it cannot decide them. It can show which *conditions* make each side right.
+#
+# **A length head.** Chen et al. (2024, arXiv 2402.07319, ODIN) bring the correlation of score and
+# length from 0.45 to about 0, at one point of validation accuracy less, and their policies get
+# better. In the comparison of Fu et al. (2025, arXiv 2502.18770) the same method is reported to
+# lose every length-controlled comparison and to end *longer* than plain PPO. (That figure we have
+# at second hand.)
+#
+# **Ensembles.** Coste et al. (2023, arXiv 2310.02743) find that the minimum or a variance penalty
+# over reward models prevents over-optimisation. Eisenstein et al. (2023, arXiv 2312.09244) find
+# that it helps, and that what *all* members get wrong goes through.
+#
+# **KL.** Ziegler et al. (2019, arXiv 1909.08593) need it: without, the policy goes to gibberish.
+# Gao et al. (2022, arXiv 2210.10760) find that it does not move the curve of gold against KL: it
+# acts like stopping earlier.
+#
+# **Predict** for our runs: does the two-head model repair the drift? Does the worst of three
+# reward models pay less for a courtesy than one alone? Is gold at four times the price higher than
+# the best that the default run passed through?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+print("                   worth of a courtesy, sd     brief: length   gold, points")
+for name in ("none", "odin", "covariate", "ensemble_mean", "ensemble_min", "ensemble_uwo", "par"):
+    if name in test.index:
+        phrase = table.loc[(name, "gap_courtesy_brief_sd"), ["mean", "low", "high"]].astype(float)
+        worth = f"{phrase['mean']:+.1f} [{phrase['low']:+.1f}, {phrase['high']:+.1f}]"
+        at = test.loc[name]
+        print(f"{name:15}    {worth:24}    x {at.brief_length_ratio:3.1f}", end="      ")
+        print(f"{at.brief_gold_change:+.1f}")
+alone = rows[rows.remedy == "none"].gap_courtesy_brief_sd
+print(f"five reward models, five sets of pairs: a courtesy is worth {alone.min():+.1f} to", end=" ")
+print(f"{alone.max():+.1f} sd; the worst of all five would still pay for it: {alone.min() > 0}")
+
+# %% [markdown]
+# TODO prose literature
+#
+# ## 8 Does the prediction hold?
+#
+# The push was read off *one* logged batch, before any run was remedied. Take its sign as a
+# prediction: a push above zero says that the policy of that moment is less verbose than the
+# remedied objective wants it, so a remedied run should end with *more* verbose answers than that
+# policy gave; below zero, with fewer.
+#
+# **Predict.** For what share of the arms is the sign right?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+signs = agreement(rows)
+print(f"{int(signs.agrees.sum())} of {len(signs)} arms agree, {signs.agrees.mean():.0%}")
+for name, pushed, moved, _ in signs[~signs.agrees].itertuples(index=False):
+    spread = rows[rows.remedy == name].push_verbose.astype(float)
+    print(
+        f"    {name}: push {1e3 * pushed:+.0f} thousandths ({1e3 * spread.min():+.0f} to", end=" "
+    )
+    print(f"{1e3 * spread.max():+.0f} over seeds), verbose share {moved:+.2f}")
+
+# %% [markdown]
+# TODO prose agreement
+#
+# ## 9 All dials at once
+#
+# Beta, epsilon and the labelers' length bias, over a grid of trained runs. The explorer never
+# interpolates: it goes to the nearest cell that was computed, and says which. Over it lies the
+# closed form of notebook 04, odds times $e^{\Delta r / \beta}$.
+
+# %% jupyter={"source_hidden": true}
+from minirlhf.lab.explorer import SweepExplorer
+
+explorer = SweepExplorer(case.sweep, case.trajectories, case)
+explorer
+
+# %% tags=["smoke"] jupyter={"source_hidden": true}
+print("TODO explorer smoke")
+
+# %% [markdown]
+# ## 10 Your answer
+#
+# First mark one of somebody else's. **Exercise 4** (5 minutes): here is an answer and the rubric.
+# Give points for each criterion, and list the wrong claims that the answer makes, by their text.
+
+# %%
+from checks.rubric2 import CALIBRATION, MODEL_ANSWER, RUBRIC
+
+from minirlhf.lab.marking import Marking, rubric_html
+
+print(CALIBRATION[3].answer)
+HTML(rubric_html(RUBRIC))
+
+
+# %% tags=["exercise"]
+def marks_of_d():
+    """Points by criterion, and a list of the wrong claims, by their text in the rubric."""
+    # BEGIN SOLUTION
+    wrong = "half of the wins to the longer answer: so the RM is blind to length"
+    return {"change": 3, "sign": 1, "price": 0, "measure": 0}, [wrong]
+    # END SOLUTION
+
+
+# %% tags=["check"]
+from checks.c08 import check_marks
+
+print(check_marks(marks_of_d))
+
+# %% [markdown]
+# Now write your own, five to ten sentences, with at least two numbers from this notebook. Then mark
+# the five answers (the difference to their author's marks is shown), mark your own by the same
+# rubric, and only then open the model answer. What you write stays in this notebook's kernel: it is
+# not saved and not sent anywhere.
+
+# %% jupyter={"source_hidden": true}
+marking = Marking(RUBRIC, CALIBRATION, MODEL_ANSWER)
+marking
+
+# %% tags=["smoke"] jupyter={"source_hidden": true}
+trial = Marking(RUBRIC, CALIBRATION, MODEL_ANSWER)  # not yours
+trial.answer.value = "word " * 40
+trial.finish()
+assert trial.result.value == ""  # nothing is shown before everything is done
+trial.submit()
+for name in trial.choice.options:
+    trial.choice.value = name
+    trial.compare()
+for control in trial.own.points.values():
+    control.value = control.max
+print("all points:", trial.own.total)
+next(iter(trial.own.caps.values())).value = True
+print("with the cap of a bare coefficient:", trial.own.total)
+trial.finish()
+assert trial.result.value
+trial.close()
+
+# %% [markdown]
+# **What to take along.** Say what a change does to the gap of the effective reward, then to the
+# push, then look at trained runs, on both sides. TODO
+#
+# Back to [the map](00_start_here.ipynb).
