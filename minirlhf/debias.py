@@ -4,15 +4,19 @@ Both give length a place of its own in the model of the *labels*, fit it togethe
 drop it afterwards: what PPO climbs is an ordinary RewardModel. Each is an objective for
 train_reward, so the loop, the optimiser and the checkpoints are those of the plain fit.
 
-The covariate is one number. It is right where the longer answer wins for its length alone; where
+A covariate is one number. It is right where the longer answer wins for its length alone; where
 length goes with a quality that r is slow to see, it takes some of that too. ODIN asks for more:
 r_Q may not correlate with length at all over a batch's answers, deserved length included.
-Left out: fixes of the pairs (they need no other loss), spurious axes other than length.
+Covariates may be any difference between two answers. Left out: fixes of the pairs, which need no
+other loss.
 
 Sources: Dubois et al. (2024, arXiv 2404.04475): the length term, there in a model of a judge.
 Chen et al. (2024, arXiv 2402.07319) and its published code: both weights 1, heads of unit length;
 left out are two things of the code, centred weights and a third term |corr(r_Q + r_L, length)|.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,56 +39,70 @@ def _silent(step: int, total: int, metrics: dict[str, float]) -> None:
     """No progress is reported."""
 
 
-class LengthCovariate:
-    """-log sigmoid(r_w - r_l + phi tanh((|y_w| - |y_l|) / s)), phi fitted along with r.
+def length_difference(pairs: RankedPairs) -> Tensor:
+    """Winner's minus loser's length [N, 1], tokens."""
+    return (pairs.chosen_mask.sum(1) - pairs.rejected_mask.sum(1))[:, None]
 
-    s is the standard deviation of the length differences, taken over both orders of every pair
-    (a root mean square), so that it does not depend on who won. phi is in nats: how much surer
-    a label is of the longer one of two answers that r finds equal and that differ far in length.
+
+class Covariates:
+    """-log sigmoid(r_w - r_l + sum_k phi_k tanh(d_k / s_k)), the phi fitted along with r.
+
+    d_k is a difference between winner and loser (of length, say), s_k its standard deviation
+    taken over both orders of every pair (a root mean square), so that it does not depend on who
+    won. phi_k is in nats: how much surer a label is of the one of two answers that r finds equal
+    which is far ahead in k.
     """
 
-    def __init__(self, pairs: RankedPairs):
-        """Raises ValueError if all answers of a pair are equally long."""
-        longer = (pairs.chosen_mask.sum(1) - pairs.rejected_mask.sum(1)).float()
-        self.scale = longer.square().mean().sqrt().item()
-        if self.scale == 0:
+    def __init__(self, differences: Tensor):
+        """differences [N, K]. Raises ValueError if one of them is 0 in every pair."""
+        differences = differences.float()
+        self.scale = differences.square().mean(0).sqrt()  # (K,)
+        if not (self.scale > 0).all():
             raise ValueError(
-                "every pair's answers are equally long: there is no length to take out"
+                f"covariate {int(self.scale.argmin())} is alike in both answers of every pair: "
+                "there is nothing to take out"
             )
-        self.term = (longer / self.scale).tanh()  # (N,)
-        self.phi = 0.0
+        self.terms = (differences / self.scale).tanh()  # (N, K)
+        self.phi = torch.zeros_like(self.scale)
         for _ in range(200):  # starts at its optimum for r = 0, or r would take length in first
-            self._newton(torch.zeros_like(self.term), self.term)
+            self._newton(torch.zeros_like(self.terms[:, 0]), self.terms)
 
     def __call__(
         self, model: RewardModel, pairs: RankedPairs, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The loss at the present phi and the gaps of r alone; then phi takes its own step."""
         chosen, rejected = score_pairs(model, pairs, rows)
-        term, gaps = self.term[rows], chosen - rejected
-        loss = bradley_terry_loss(chosen, rejected, margin=-self.phi * term)
-        self._newton(gaps.detach(), term)
+        gaps = chosen - rejected
+        terms, self.phi = self.terms[rows].to(gaps), self.phi.to(gaps)
+        loss = bradley_terry_loss(chosen, rejected, margin=-(terms @ self.phi))
+        self._newton(gaps.detach(), terms)
         return loss, gaps
 
-    def _newton(self, gaps: Tensor, term: Tensor) -> None:
+    def _newton(self, gaps: Tensor, terms: Tensor) -> None:
         """A damped Newton step: at any learning rate of r, phi is where the labels put it."""
-        p = (gaps + self.phi * term).sigmoid()
-        slope, curve = ((1 - p) * term).mean(), (p * (1 - p) * term.square()).mean()
-        self.phi += NEWTON_RATE * float(slope / (curve + 1e-3))
+        p = (gaps + terms @ self.phi).sigmoid()
+        slope = terms.T @ (1 - p) / len(p)
+        curve = terms.T @ ((p * (1 - p))[:, None] * terms) / len(p)
+        curve.diagonal().add_(1e-3)
+        self.phi = self.phi + NEWTON_RATE * torch.linalg.solve(curve, slope)
 
 
-def fit_with_covariate(
+def fit_with_covariates(
     model: RewardModel,
     pairs: RankedPairs,
     config: RewardConfig,
     *,
     generator: torch.Generator,
     progress: Progress = _silent,
-) -> float:
-    """Fit r with the length covariate and drop it; phi, in nats. Raises as train_reward does."""
-    covariate = LengthCovariate(pairs)
-    train_reward(model, pairs, config, generator=generator, progress=progress, objective=covariate)
-    return covariate.phi
+    differences: Callable[[Any], Tensor] = length_difference,
+) -> Tensor:
+    """Fit r with covariates (length alone, unless given) and drop them; phi [K], in nats.
+
+    Raises as train_reward and Covariates do.
+    """
+    covariates = Covariates(differences(pairs))
+    train_reward(model, pairs, config, generator=generator, progress=progress, objective=covariates)
+    return covariates.phi
 
 
 class UnitHeads(nn.Linear):

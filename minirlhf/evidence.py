@@ -13,7 +13,8 @@ the same policy answers anew. DPO and best-of-n do not learn from a batch and ha
 Left out: pictures (lab/).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,33 +194,28 @@ def run_remedies(
     fault into the default run is not trained again. Resumable, as run_cells is.
     """
 
-    def cell(name: str, seed: int) -> Cell:
-        return Cell(name, base.ppo.beta, base.ppo.clip, base.preferences.length_bias, seed)
+    def cells(arms: Iterable[str]) -> list[Cell]:
+        dials = (base.ppo.beta, base.ppo.clip, base.preferences.length_bias)
+        return [Cell(name, *dials, seed) for name in sorted(arms) for seed in seeds]
 
-    broken = {name: REMEDIES[name].fault if name in REMEDIES else "none" for name in names}
-    broken |= {
-        name: name for name in ("none", *FAULTS) if name in {"none", *names, *broken.values()}
-    }
-    kept = [cell(name, s) for name in sorted({*broken.values()}) for s in seeds]
-    trained = [name for name in broken if name == "none" or not _is_default(name, base)]
-    rest = [cell(name, s) for name in sorted(trained) for s in seeds]
-    rest = [c for c in rest if c not in kept]
-    run_cells(kept, base, out, workers, report, keep_batch=True)
-    rows, _ = run_cells(kept + rest, base, out, workers, report)
-    tasks = {
-        c.key: (push_cell, (c, cell(fault, c.seed), base, out))
-        for name, fault in broken.items()
-        for c in (cell(name, s) for s in seeds)
-        if name not in NO_PUSH
-    }
+    fault = {name: REMEDIES[name].fault if name in REMEDIES else "none" for name in names}
+    logging = {"none", *fault.values(), *(name for name in names if name in FAULTS)}
+    fault |= {name: name for name in logging}
+    run_cells(cells(logging), base, out, workers, report, keep_batch=True)
+    trained = {name for name in fault if name in logging or not _is_default(name, base)}
+    rows, _ = run_cells(cells(trained), base, out, workers, report)
+    learners = cells(set(fault) - set(NO_PUSH))
+    batches = [replace(c, remedy=fault[c.remedy]) for c in learners]
+    both = zip(learners, batches, strict=True)
+    tasks = {c.key: (push_cell, (c, logged, base, out)) for c, logged in both}
     pushes = run_jobs(tasks, out / "done" / "pushes", workers, report("pushes"))
     ended = {(row["remedy"], row["seed"]): row for row in rows}
     pushed = {(row["remedy"], row["seed"]): row for row in pushes.values()}
     found = []
-    for name, fault in broken.items():
-        for s in seeds:
-            end = ended.get((name, s)) or ended["none", s]
-            found.append({**end, **pushed.get((name, s), {}), "remedy": name, "fault": fault})
+    for name, seed in itertools.product(fault, seeds):
+        end = ended[name if name in trained else "none", seed]
+        also = {**pushed.get((name, seed), {}), "remedy": name, "fault": fault[name]}
+        found.append({**end, **also})
     return found
 
 

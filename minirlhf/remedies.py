@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from minirlhf import pair_rules, score_rules
-from minirlhf.debias import fit_odin, fit_with_covariate
+from minirlhf.debias import fit_odin, fit_with_covariates, length_difference
 from minirlhf.dpo import DPOConfig, train_dpo
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
+from minirlhf.preferences import Pairs
 from minirlhf.recipe import Recipe
 
 Change = Callable[[Recipe], Recipe]
@@ -74,9 +75,21 @@ def _with(rule: Callable[..., Any], options: dict[str, Any]) -> Callable[..., An
     return partial(rule, **options) if options else rule
 
 
-def covariate(recipe: Recipe) -> Recipe:
+def style_difference(pairs: Pairs) -> Tensor:
+    """Winner's minus loser's length, tokens, and hedging: [N, 2]."""
+    doubt = torch.from_numpy(pairs.hedged_chosen.astype(int) - pairs.hedged_rejected)
+    length = length_difference(pairs)
+    return torch.cat([length, doubt[:, None].to(length.device)], 1)
+
+
+def covariate_length(recipe: Recipe) -> Recipe:
     """A length term in the ranking loss, dropped when PPO asks for scores."""
-    return recipe.rule(fit=fit_with_covariate)
+    return recipe.rule(fit=fit_with_covariates)
+
+
+def covariate(recipe: Recipe) -> Recipe:
+    """The same with a term for hedging as well."""
+    return recipe.rule(fit=partial(fit_with_covariates, differences=style_difference))
 
 
 def odin(recipe: Recipe) -> Recipe:
@@ -211,9 +224,16 @@ REMEDIES: dict[str, Remedy] = {
         "Lin et al. 2024, arXiv 2406.04770, length-tie rule",
     ),
     # ------------------------------------------------------------ how they are ranked
+    "covariate_length": Remedy(
+        "length covariate, dropped for PPO", covariate_length, "RM loss",
+        "sigma(dr + phi tanh(dlen / s)); PPO gets r",
+        "takes deserved length if quality tracks it; blind to the second axis",
+        "form of Dubois et al. 2024, arXiv 2404.04475, in the ranking loss",
+    ),
     "covariate": Remedy(
-        "length covariate, dropped for PPO", covariate, "RM loss",
-        "sigma(dr + phi tanh(dlen / sd)); PPO gets r", "takes deserved length if quality tracks it",
+        "covariates for length and hedging, dropped for PPO", covariate, "RM loss",
+        "sigma(dr + phi tanh(dlen / s) + psi tanh(dhedge / s')); PPO gets r",
+        "needs a detector of hedges; takes what quality shares with style",
         "form of Dubois et al. 2024, arXiv 2404.04475, in the ranking loss",
     ),
     "odin": Remedy(

@@ -121,7 +121,7 @@ WRONG = [
     ("battery --ppo.beta 0", "ppo.beta is 0; the battery scales the price of KL"),
     ("battery --refresh 0", "refresh is 0; it must be at least 1 step"),
     ("battery --gap nan", "gap is nan; it must be finite"),
-    ("", "{drift, seeds, data, check, battery}"),
+    ("", "{drift, seeds, sweep, remedies, data, check, battery}"),
 ]
 
 

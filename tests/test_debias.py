@@ -16,12 +16,13 @@ from fakes import tiny_model
 from torch import Tensor, nn
 
 from minirlhf.debias import (
-    LengthCovariate,
+    Covariates,
     Odin,
     UnitHeads,
     correlation,
     fit_odin,
-    fit_with_covariate,
+    fit_with_covariates,
+    length_difference,
 )
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.reward import RewardConfig, RewardModel, plain_ranking, score_pairs, train_reward
@@ -98,18 +99,33 @@ def test_phi_is_the_log_odds_of_the_longer_one_where_nothing_else_differs():
     good = torch.ones(16, dtype=torch.bool)
     won, lost = (answers(good, torch.where(x, 5, 2), 8) for x in (longer, ~longer))
     pairs = Pairs(torch.full((16, 1), 2), *won, *lost)
-    covariate, model, rows = LengthCovariate(pairs), Linear(), torch.arange(16)
+    covariate, model, rows = Covariates(length_difference(pairs)), Linear(), torch.arange(16)
     best = math.log(13 / 3) / math.tanh(1)
-    assert covariate.scale == pytest.approx(3.0, rel=1e-6)
-    assert covariate.phi == pytest.approx(best, rel=1e-4)  # where it starts
-    covariate.phi = 0.0
+    assert covariate.scale.item() == pytest.approx(3.0, rel=1e-6)
+    assert covariate.phi.item() == pytest.approx(best, rel=1e-4)  # where it starts
+    covariate.phi.zero_()
     first, _ = covariate(model, pairs, rows)  # type: ignore[arg-type]
     assert first.item() == pytest.approx(math.log(2), abs=1e-7) and covariate.phi > 0
     for _ in range(400):
         loss, gaps = covariate(model, pairs, rows)  # type: ignore[arg-type]
-    assert covariate.phi == pytest.approx(best, rel=1e-4)  # and where it goes
+    assert covariate.phi.item() == pytest.approx(best, rel=1e-4)  # and where it goes
     entropy = -(13 * math.log(13 / 16) + 3 * math.log(3 / 16)) / 16
     assert loss.item() == pytest.approx(entropy, abs=1e-6) and not gaps.any()
+
+
+def test_two_covariates_are_the_logistic_regression_of_two():
+    """r = 0: phi is a float64 logistic regression on both differences, which are correlated."""
+    rng = np.random.default_rng(0)
+    d = rng.normal(size=(4000, 2)) @ np.array([[3.0, 1.0], [0.0, 1.0]])
+    terms = np.tanh(d / np.sqrt((d**2).mean(0)))
+    won = rng.random(4000) < 1 / (1 + np.exp(-terms @ [1.2, -0.7]))
+    toward = np.where(won, 1, -1)[:, None] * d  # winner minus loser
+    found = Covariates(torch.tensor(toward))
+    expected, _ = logistic(np.tanh(toward / np.sqrt((d**2).mean(0))))
+    np.testing.assert_allclose(found.phi.numpy(), expected, atol=2e-3)
+    assert found.phi[0] > 0.9 and found.phi[1] < -0.5
+    with pytest.raises(ValueError, match="covariate 1 is alike"):
+        Covariates(torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
 
 
 def test_the_joint_fit_is_the_logistic_regression_and_r_has_no_length_slope(monkeypatch):
@@ -122,11 +138,11 @@ def test_the_joint_fit_is_the_logistic_regression_and_r_has_no_length_slope(monk
     config = RewardConfig(epochs=300, batch=3000, lr=0.1, weight_decay=0.0)
     model, plain = Linear(), Linear()
     g = torch.Generator()
-    phi = fit_with_covariate(model, pairs, config, generator=g)  # type: ignore[arg-type]
+    phi = fit_with_covariates(model, pairs, config, generator=g)  # type: ignore[arg-type]
     train_reward(plain, pairs, replace(config, epochs=200), generator=g)  # type: ignore[arg-type]
     x = np.stack([dq, dlen / 10, np.tanh(dlen / s)], 1)
     expected, se = logistic(x)
-    found = np.array([*model.trunk.weight[0].tolist(), phi])
+    found = np.array([*model.trunk.weight[0].tolist(), phi.item()])
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert (abs(found - [1.0, 0.0, b]) < 2.5 * se).all()
     without, without_se = logistic(x[:, :2])
@@ -138,9 +154,9 @@ def test_the_joint_fit_is_the_logistic_regression_and_r_has_no_length_slope(monk
 def test_without_a_difference_in_length_the_loss_is_the_plain_one_to_the_bit():
     pairs, _, _ = labelled(1, 128, quality=2.0, length=lambda d: 0 * d)
     config, models = RewardConfig(batch=32, lr=1e-2), [fresh(), fresh()]
-    covariate = LengthCovariate(pairs)
-    covariate.term.zero_()
-    covariate.phi = 0.0
+    covariate = Covariates(length_difference(pairs))
+    covariate.terms.zero_()
+    covariate.phi.zero_()
     histories = [
         train_reward(m, pairs, config, generator=torch.Generator().manual_seed(0), objective=o)
         for m, o in zip(models, (plain_ranking, covariate), strict=True)
@@ -173,18 +189,20 @@ def test_filler_is_worth_much_less_to_a_transformer_fitted_with_the_covariate():
     assert np.square(dlen).mean() ** 0.5 == pytest.approx(7.85, abs=0.1)
     plain, model = fresh(), fresh()
     train_reward(plain, pairs, CONFIG, generator=torch.Generator().manual_seed(0))
-    phi = fit_with_covariate(model, pairs, CONFIG, generator=torch.Generator().manual_seed(0))
+    phi = fit_with_covariates(model, pairs, CONFIG, generator=torch.Generator().manual_seed(0))
     assert matched_gap(plain) > 0.6
     assert abs(matched_gap(model)) < 0.1 * matched_gap(plain)
-    assert phi == pytest.approx(2.0, abs=0.3)
+    assert phi.item() == pytest.approx(2.0, abs=0.3)
 
 
 def test_pairs_of_equal_lengths_leave_nothing_to_take_out():
     good = torch.tensor([True, False])
     same = answers(good, torch.tensor([3, 5]), 8)
     pairs = Pairs(torch.full((2, 1), 2), *same, *same)
-    with pytest.raises(ValueError, match="equally long: there is no length to take out"):
-        LengthCovariate(pairs)
+    with pytest.raises(
+        ValueError, match="alike in both answers of every pair: there is nothing to take out"
+    ):
+        Covariates(length_difference(pairs))
 
 
 # --- ODIN -------------------------------------------------------------------------------------

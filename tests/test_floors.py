@@ -61,6 +61,7 @@ CORE = {"text", "model", "generate", "kl", "advantages", "rollout", "reward", "p
 # PPO and rewards know nothing of customer support
 NO_SUPPORT = CORE | {"autopsy", "optim", "store", "metrics", "ppo_config", "critic"}
 NO_SUPPORT |= {"cores", "pocket", "bridge", "push", "whatif", "battery", "subject", "two_answers"}
+NO_SUPPORT |= {"workers", "debias", "dpo"}
 SUPPORT = {"desk", "deskfile", "preferences"}
 DRAWING = {"matplotlib", "ipywidgets", "IPython", "PIL"}
 
@@ -160,8 +161,8 @@ def over_budget(sources):
     lines = {name: code_lines(source) for name, source in sources.items()}
     parts = {
         "core": (1500, {name for name in lines if name.split(".")[0] in CORE}),
-        "package without lab": (5000, {name for name in lines if name.split(".")[0] != "lab"}),
-        "lab": (2500, {name for name in lines if name.split(".")[0] == "lab"}),
+        "package without lab": (6500, {name for name in lines if name.split(".")[0] != "lab"}),
+        "lab": (3000, {name for name in lines if name.split(".")[0] == "lab"}),
     }
     sums = {part: (sum(lines[n] for n in names), top) for part, (top, names) in parts.items()}
     return [f"{part}: {n} lines, the limit is {top}" for part, (n, top) in sums.items() if n > top]
@@ -270,10 +271,10 @@ def test_planted_length_is_caught():
     assert long_parts("kl", body + "    x = 1\n") == ["kl.f: 41 lines, the limit is 40"]
     assert long_parts("kl", "x = 1\n" * 351)
     assert over_budget({"kl": "x = 1\n" * 1501}) == ["core: 1501 lines, the limit is 1500"]
-    assert over_budget({"desk": "x = 1\n" * 5001}) == [
-        "package without lab: 5001 lines, the limit is 5000"
+    assert over_budget({"desk": "x = 1\n" * 6501}) == [
+        "package without lab: 6501 lines, the limit is 6500"
     ]
-    assert over_budget({"lab.plots": "x = 1\n" * 2501}) == ["lab: 2501 lines, the limit is 2500"]
+    assert over_budget({"lab.plots": "x = 1\n" * 3001}) == ["lab: 3001 lines, the limit is 3000"]
 
 
 @pytest.mark.parametrize(
