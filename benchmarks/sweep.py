@@ -15,7 +15,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -52,8 +52,9 @@ def sixteen(by: str, steps: int, backend: Literal["loky", "dask"], out: Path, co
         return time.perf_counter() - start
     from distributed import LocalCluster
 
-    shape = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
-    with LocalCluster(**shape) as cluster:
+    shape: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    cluster: Any = LocalCluster(**shape)
+    with cluster:
         workers = Workers("dask", address=cluster.scheduler_address, retries=0)
         start = time.perf_counter()
         run_cells(cells(by, base)[:count], base, out, workers)
@@ -75,31 +76,33 @@ def same_alone(by: str, steps: int, out: Path) -> bool:
 
 
 def main(
-    by: Literal["dials", "seeds"] = "dials", steps: int = 80, dask_steps: int = 20, part: str = ""
+    by: Literal["dials", "seeds"] = "dials",
+    steps: int = 80,
+    dask_steps: int = 20,
+    part: Literal["", "one", "loky", "dask"] = "",
+    count: int = 16,
+    out: Path = Path(),
 ) -> None:
-    """Every timing in a process of its own (`part` is how this script calls itself)."""
+    """Every timing in a process of its own (`part`, `count` and `out` are how this script calls
+    itself)."""
     if part:
-        print(eval(part))
+        print(one_run(steps, 2) if part == "one" else sixteen(by, steps, part, out, count))
         return
     with tempfile.TemporaryDirectory() as folder:
-        outs = {name: str(Path(folder) / name) for name in ("all", "loky", "dask")}
 
-        def timed(call: str) -> float:
-            words = [sys.executable, __file__, "--by", by, "--part", call]
+        def timed(part: str, count: int, steps: int) -> float:
+            words = [sys.executable, __file__, "--by", by, "--steps", str(steps), "--part", part]
+            words += ["--count", str(count), "--out", f"{folder}/{part}{count}"]
             lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout
             return float(lines.splitlines()[-1])
 
-        one = timed(f"one_run({steps}, 2)")
-        all_ = timed(f"sixteen({by!r}, {steps}, 'loky', Path({outs['all']!r}), 16)")
+        one, all_ = timed("one", 1, steps), timed("loky", 16, steps)
         print(f"one run on two cores {one:.1f} s; 16 by {by} {all_:.1f} s: {all_ / one:.2f} x")
-        same = same_alone(by, steps, Path(outs["all"]))
+        same = same_alone(by, steps, Path(folder) / "loky16")
         print("the last cell, alone on one thread: " + ("the same bits" if same else "DIFFERENT"))
-        pair = [
-            timed(f"sixteen({by!r}, {dask_steps}, {b!r}, Path({outs[b]!r}), 8)")
-            for b in ("loky", "dask")
-        ]
-        print(f"8 runs of {dask_steps} steps: loky {pair[0]:.1f} s, dask {pair[1]:.1f} s: "
-              f"{pair[1] / pair[0]:.2f} x")  # fmt: skip
+        loky, dask = (timed(backend, 8, dask_steps) for backend in ("loky", "dask"))
+        said = f"8 runs of {dask_steps} steps: loky {loky:.1f} s, dask {dask:.1f} s"
+        print(f"{said}: {dask / loky:.2f} x")
 
 
 if __name__ == "__main__":
