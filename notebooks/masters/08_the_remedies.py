@@ -115,10 +115,13 @@ print(check_turning_price(turning_price))
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 FIVE = ("larger_beta", "capped", "ensemble_min", "balanced", "counterfactual")
-print("push on verbose answers, thousandths of a nat a step; mean over seeds, 95 % interval")
+print("brief prompts, means over seeds; the push with its 95 % interval")
+print("                 effective gap   A at forks, verbose   push on verbose, 1/1000 nat a step")
 for name in ("none", *FIVE):
+    worth, fork = (table.loc[(name, m), "mean"] for m in ("gap_effective", "fork_verbose"))
     at = 1e3 * table.loc[(name, "push_verbose"), ["mean", "low", "high"]].astype(float)
-    print(f"{name:15} {at['mean']:+4.0f} [{at['low']:+4.0f}, {at['high']:+4.0f}]")
+    pushed = f"{at['mean']:+4.0f} [{at['low']:+4.0f}, {at['high']:+4.0f}]"
+    print(f"{name:15} {worth:+10.1f} sd {fork:+18.1f}              {pushed}")
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -393,16 +396,14 @@ print("measured:")
 Picture(frontier_figure(rows))
 
 # %%
-path = {step: case.answers[(case.answers.step == step)] for step in case.steps}
-start = path[0][path[0].stratum == "brief"].gold.mean()
-best = max(case.steps, key=lambda s: path[s][path[s].stratum == "brief"].gold.mean())
-then = path[best][path[best].stratum == "brief"].gold.mean()
-print(f"on its way the default run (seed 0) has its best gold on brief prompts at step {best},")
-print(f"{then - start:+.1f} points from the reference")
-print("gold and KL on brief prompts, mean over seeds:")
-for name in ("larger_beta", "per_stratum_beta", "early_stop", "counterfactual", "fair"):
+way = case.answers[case.answers.stratum == "brief"].groupby("step").gold.mean()
+print("the default run (seed 0) on its way: gold on brief prompts, less the reference's")
+print("    " + "  ".join(f"step {step}: {way[step] - way[0]:+.1f}" for step in (0, 10, 20, 40, 80)))
+print("at the end, means over seeds   brief: gold    KL, nats   detailed: steps   price")
+for name in ("larger_beta", "per_stratum_beta", "early_stop", "length_penalty", "counterfactual"):
     gold, far = (table.loc[(name, m), "mean"] for m in ("brief_gold_change", "brief_kl_nats"))
-    print(f"    {name:18} {gold:+.1f} points at {far:4.1f} nats")
+    said = f"{gold:+.1f}         {far:4.1f}      x {test.detailed_steps_kept[name]:.2f}"
+    print(f"    {name:20}            {said}          {REMEDIES[name].cost}")
 
 # %% [markdown]
 # TODO prose price
@@ -530,7 +531,19 @@ explorer = SweepExplorer(case.sweep, case.trajectories, case)
 explorer
 
 # %% tags=["smoke"] jupyter={"source_hidden": true}
-print("TODO explorer smoke")
+first = dict(explorer.cell)
+for name, control in explorer.controls.items():
+    ends = []
+    for _, value in (control.options[0], control.options[-1]):
+        control.value = value
+        ends.append(explorer.shown["final_brief_verbose_rate"])
+    control.value = first[name]
+    print(f"{name} from end to end: verbose share {ends[0]:.1f} to {ends[1]:.1f}")
+    assert name == "clip" or (ends[0] > ends[1]) == (name == "beta")
+explorer.run_live()
+explorer.cancel()  # after the step in flight
+explorer.wait()
+assert not explorer.busy
 
 # %% [markdown]
 # ## 10 Your answer
