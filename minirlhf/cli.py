@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse({name: kind for name, (kind, _) in commands.items()}, given)
         return next(run for kind, run in commands.values() if isinstance(options, kind))(options)
     except KeyboardInterrupt:
-        again = given[:1] in (["drift"], ["sweep"], ["remedies"])
+        again = given[:1] in (["drift"], ["seeds"], ["sweep"], ["remedies"])
         resumes = "; the same command with --resume goes on" if again else ""
         print(f"minirlhf: stopped{resumes}", file=sys.stderr)
         return 130

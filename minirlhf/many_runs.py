@@ -31,6 +31,10 @@ class SeedsRun:
     """all summaries and the table"""
     table: Path = Path("docs/seeds.md")
     """the table as Markdown"""
+    parts: Path = Path("runs/seeds")
+    """folder of the summaries that are done, from which a resumed call goes on"""
+    resume: bool = False
+    """go on with the runs in --parts"""
 
     def __post_init__(self) -> None:
         for name, least in (("seeds", 1), ("fresh", 0), ("jobs", 1)):
@@ -124,14 +128,13 @@ def seeds(options: SeedsRun) -> int:
     from minirlhf.drift import DriftConfig
     from minirlhf.seeds import FRESH, NOTE, markdown, run_seeds, table
     from minirlhf.store import write_json, write_text
+    from minirlhf.sweep import claim
 
     wanted = [*range(options.seeds), *range(FRESH, FRESH + options.fresh)]
-    done, bar = [], tqdm(total=2 * len(wanted), desc="runs", ncols=88)
-    for summary in run_seeds(DriftConfig(), wanted, jobs=options.jobs):
-        done.append(summary)
-        bar.update()
-    bar.close()
-    done.sort(key=lambda s: (s["arm"], s["seed"]))
+    base, workers = DriftConfig(), Workers(jobs=options.jobs)
+    claim(options.parts, base, resume=options.resume)
+    with _bars() as report:
+        done = run_seeds(base, wanted, options.parts / "done", workers, report("runs"))
     tuned, fresh = ([s for s in done if (s["seed"] >= FRESH) == new] for new in (False, True))
     rows = [{"seeds": f"seeds 0 to {options.seeds - 1}", **row} for row in table(tuned)]
     rows += [{"seeds": "fresh seeds", **row} for row in table(fresh)]

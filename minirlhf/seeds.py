@@ -7,15 +7,15 @@ summary; the table says in how many runs it holds. Left out: grids over other se
 Source: Henderson et al. (2018, arXiv 1709.06560) on why one seed shows nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from joblib import Parallel, delayed
 
-from minirlhf import cores
 from minirlhf.drift import Drift, DriftConfig
+from minirlhf.workers import Report, Workers, run_jobs
 
 Summary = dict[str, Any]
 FRESH = 100  # the first of the seeds at which no setting was chosen
@@ -159,23 +159,29 @@ CONTROL = (
 )
 
 
-def run_one(config: DriftConfig) -> Summary:
-    """One run in memory, on one core: other runs have the others."""
-    cores.use(1)
-    return Drift(config).run()
+def run_one(config: DriftConfig, arm: str) -> Summary:
+    """One run, in memory."""
+    return {"arm": arm, **Drift(config).run()}
 
 
-def run_seeds(config: DriftConfig, seeds: Sequence[int], *, jobs: int) -> Iterator[Summary]:
-    """Summaries of both arms of every seed, as they are done; `arm` is drift or control."""
-    wanted = [(arm, replace(config, seed=seed)) for seed in seeds for arm in ("drift", "control")]
-    wanted = [(arm, c.control() if arm == "control" else c) for arm, c in wanted]
+def run_seeds(
+    config: DriftConfig,
+    seeds: Sequence[int],
+    folder: Path,
+    workers: Workers,
+    report: Report = lambda key, done, total: None,
+) -> list[Summary]:
+    """Summaries of both arms of every seed, by arm and seed; `arm` is drift or control.
 
-    def job(arm: str, c: DriftConfig) -> Summary:
-        return {"arm": arm, **run_one(c)}
-
-    calls = (delayed(job)(arm, c) for arm, c in wanted)
-    for summary in Parallel(n_jobs=jobs, return_as="generator_unordered")(calls):
-        yield cast(Summary, summary)
+    Each lies in `folder` as soon as it is there, and is not run again.
+    """
+    tasks = {}
+    for seed in seeds:
+        drift = replace(config, seed=seed)
+        for arm, c in (("drift", drift), ("control", drift.control())):
+            tasks[f"{arm}_{seed}"] = (run_one, (c, arm))
+    found = run_jobs(tasks, folder, workers, report)
+    return sorted(found.values(), key=lambda s: (s["arm"], s["seed"]))
 
 
 def table(summaries: Sequence[Summary]) -> list[dict[str, Any]]:

@@ -223,13 +223,14 @@ def test_seeds_writes_the_table_and_the_runs(capsys, tmp_path, monkeypatch):
 
     arms = ("control", "drift")
 
-    def fake(config, wanted, *, jobs):
-        assert (list(wanted), jobs) == ([0, 1, seeds.FRESH], 3)
-        yield from (summary(seed, arm, batches=[]) for seed in wanted[::-1] for arm in arms)
+    def fake(config, wanted, folder, workers, report):
+        assert (list(wanted), workers.jobs) == ([0, 1, seeds.FRESH], 3)
+        return [summary(seed, arm, batches=[]) for arm in arms for seed in wanted]
 
     monkeypatch.setattr(seeds, "run_seeds", fake)
     out, table = tmp_path / "seeds.json", tmp_path / "seeds.md"
     where = ["--out", str(out), "--table", str(table), "--fresh", "1"]
+    where += ["--parts", str(tmp_path / "parts")]
     status, text, _ = said(capsys, "seeds", "--seeds", "2", "--jobs", "3", *where)
     assert status == 0 and table.read_text(encoding="utf-8") in text
     found = json.loads(out.read_text(encoding="utf-8"))

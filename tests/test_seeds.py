@@ -10,6 +10,7 @@ import pytest
 from minirlhf import seeds
 from minirlhf.drift import DriftConfig
 from minirlhf.seeds import CONTROL, DRIFT, markdown, run_seeds, table
+from minirlhf.workers import Workers
 
 
 def stratum(length: float, gold: float, direct: float, evasion: float) -> dict:
@@ -213,13 +214,18 @@ def test_markdown():
     assert re.search(r"\|  \| 0\.780 .* \|  \|$", bayes)
 
 
-def test_both_arms_of_every_seed_are_run(monkeypatch):
-    config = DriftConfig(steps=7)
-    monkeypatch.setattr(seeds, "run_one", lambda c: {"seed": c.seed, "config": c})
-    found = list(run_seeds(config, [4, 5], jobs=1))
-    assert sorted((s["arm"], s["seed"]) for s in found) == [
-        *(("control", 4), ("control", 5), ("drift", 4), ("drift", 5)),
-    ]
-    for one in found:
-        bias = one["config"].preferences.length_bias
-        assert one["config"].steps == 7 and (bias == 0) == (one["arm"] == "control")
+def test_both_arms_of_every_seed_are_run_once(monkeypatch, tmp_path):
+    config, ran = DriftConfig(steps=7), []
+
+    def fake(c, arm):
+        ran.append((arm, c.seed))
+        bias = c.preferences.length_bias
+        return {"arm": arm, "seed": c.seed, "steps": c.steps, "bias": bias}
+
+    monkeypatch.setattr(seeds, "run_one", fake)
+    one = Workers("sequential", retries=0)
+    run_seeds(config, [5], tmp_path, one)
+    found = run_seeds(config, [4, 5], tmp_path, one)  # seed 5 lies there already
+    wanted = [("control", 4), ("control", 5), ("drift", 4), ("drift", 5)]
+    assert [(s["arm"], s["seed"]) for s in found] == sorted(ran) == wanted
+    assert all(s["steps"] == 7 and (s["bias"] == 0) == (s["arm"] == "control") for s in found)
