@@ -198,6 +198,8 @@ def run_remedies(
         dials = (base.ppo.beta, base.ppo.clip, base.preferences.length_bias)
         return [Cell(name, *dials, seed) for name in sorted(arms) for seed in seeds]
 
+    for name in names:
+        stack(name, base)  # one that is no arm is refused before any run
     fault = {name: REMEDIES[name].fault if name in REMEDIES else "none" for name in names}
     logging = {"none", *fault.values(), *(name for name in names if name in FAULTS)}
     fault |= {name: name for name in logging}
