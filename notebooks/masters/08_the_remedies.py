@@ -301,60 +301,61 @@ for name in (n for n in BOTH if n in test.index):
 #
 # ### Why balancing leaves a slope
 #
-# "The longer answer wins half of the pairs, so the reward model cannot like length." Is that so?
-# Take labelers who weigh quality and length, log-odds $\Delta q + \tfrac12 \Delta\ell$, and rank
-# as many pairs as you like; both differences are normal with variance 2. Then drop long winners
-# until half are left: over all pairs, or at every length difference by itself.
+# Notebook 03 balanced the pairs of an exact toy: long winners reweighted until the longer answer
+# won half of all pairs, and about half of the slope survived. A more careful way is to balance *at
+# every length difference by itself* (`matched_length`); another is to add twins. The toy again:
+# quality and length of two answers differ by standard normals, the label's log-odds are
+# $\Delta q + \tfrac12 \Delta\ell$, pairs are without number.
 #
-# **Predict.** A reward model that sees quality and length is fitted to what was kept. Its slope on
-# length was 0.5. What is it now: 0? Below 0? Above?
+# **Predict.** The slope on length was 0.5. What does the ranking loss find among pairs matched at
+# every difference: 0, or more? And with as many twins as pairs (same quality, the lengths as
+# before), if twins tie? If the shorter twin wins?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
-x = torch.linspace(-8, 8, 161, dtype=torch.float64)
-q, length = torch.meshgrid(x, x[x > 0], indexing="ij")  # of the longer answer, over the other
-share = torch.exp(-(q**2 + length**2) / 4)
-wins = share * torch.sigmoid(q + 0.5 * length)  # pairs that the longer one wins; others it loses
+x = torch.linspace(-6, 6, 121, dtype=torch.float64)
+q, length = torch.meshgrid(x, x[60:-1] + 0.05, indexing="ij")  # of the longer answer's lead
+share = torch.exp(-(q**2 + length**2) / 2)
+wins = share * torch.sigmoid(q + 0.5 * length)  # pairs that the longer one wins, and loses
 losses = share - wins
+twins = torch.where(q.abs() < 1e-9, share.sum(0), 0.0)  # as many, all at equal quality
 
 
-def slopes(wins, losses):
-    """Newton's method for the ranking loss of these pairs: slopes on quality and length."""
+def slope(wins, losses):
+    """Of the ranking loss of these pairs, on length; quality is fitted too (Newton's method)."""
     pair, w = torch.stack([q, length]), torch.zeros(2, dtype=torch.float64)
     for _ in range(25):
         p = torch.sigmoid(torch.tensordot(w, pair, 1))
-        step = (pair * ((1 - p) * wins - p * losses)).sum((1, 2))
+        pull = (pair * ((1 - p) * wins - p * losses)).sum((1, 2))
         curve = torch.einsum("iab,jab,ab->ij", pair, pair, p * (1 - p) * (wins + losses))
-        w = w + torch.linalg.solve(curve, step)
-    return w.tolist()
+        w = w + torch.linalg.solve(curve, pull)
+    return float(w[1])
 
 
-kept = {
-    "every pair": wins,
-    "balanced over all": wins * losses.sum() / wins.sum(),
-    "at every difference": wins * losses.sum(0) / wins.sum(0),
+left = {
+    "every pair": slope(wins, losses),
+    "balanced over all": slope(wins * losses.sum() / wins.sum(), losses),
+    "at every difference": slope(wins * losses.sum(0) / wins.sum(0), losses),
+    "twins that tie": slope(wins + twins / 2, losses + twins / 2),
+    "twins that lose": slope(wins, losses + twins),
 }
-left = {}
-for name, w in kept.items():
-    left[name] = slopes(w, losses)[1]
-    print(f"{name:20} slope on length {left[name]:.2f}")
-better, worse = (float((side * q).sum() / side.sum()) for side in (wins, losses))
-print(f"where the longer answer wins it is {better:.1f} better, where it loses {-worse:.1f} worse")
-assert 0 < left["at every difference"] < left["balanced over all"] < 0.8 * left["every pair"]
+for name, found in left.items():
+    print(f"{name:20} slope on length {found:+.3f}")
+assert left["balanced over all"] > left["at every difference"] > 0 > left["twins that lose"]
 
 # %% [markdown]
-# Half of the slope is left, or a quarter. Who won decides which pairs are kept, and who won depends
-# on both: among pairs that the longer one has won, it *needed* less quality to win. Selecting on a
-# common effect ties its causes together (a *collider*). The arithmetic is short: keeping a share
-# $s$ of the long winners adds $\log s$ to the log-odds of "the longer one wins", and nothing else:
+# Matching is better than balancing and not enough. Who won decides which pairs are kept, and who
+# won depends on both: a long winner *needed* less quality. Selecting on a common effect ties its
+# causes together (a *collider*). The arithmetic is short: keeping a share $s$ of the long winners
+# adds $\log s$ to the log-odds of "the longer one wins", and nothing else:
 #
 # $$\Delta q + \tfrac12 \Delta\ell + \log s, \qquad \Delta\ell > 0$$
 #
-# A constant is taken away where a slope should be. At every length difference by itself the
-# constant becomes a curve $\log s(\Delta\ell)$, and that follows the odds of winning *averaged over
-# quality*. Averaged odds are flatter than those at equal quality, so the curve takes too little
-# again. A pair with the same content and more padding holds quality fixed *by making it*, and
-# nothing is left to average over.
+# Balancing over all takes a constant away where a slope should be. At every difference by itself
+# the constant becomes a curve $\log s(\Delta\ell)$, and that undoes the odds of winning *averaged
+# over quality*. Averaged odds are flatter than those at equal quality, so it undoes too little.
+# The wider quality spreads, the flatter they are, and the more is left. A twin holds quality fixed *by making it*, and leaves nothing
+# to average over; twins that lose turn the slope, and a tie cannot do more than flatten it.
 #
 # **Exercise 2** (10 minutes). Write that pair rule on a toy list. A pair is (prompt, winner,
 # loser).
