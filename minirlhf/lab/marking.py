@@ -17,6 +17,7 @@ import ipywidgets as widgets
 
 from minirlhf.lab.live import looks
 
+READS = '<div style="max-width:880px;line-height:1.4">{}</div>'  # widgets space lines at double
 FEWEST = 30  # words; a shorter answer cannot say what, why, at what price and how to see it
 
 
@@ -117,7 +118,8 @@ def difference_html(rubric: Rubric, mine: Marks, anchor: Anchor) -> str:
     )
     head = "".join(f'<th scope="col">{x}</th>' for x in ("", "you", "anchor", "difference"))
     why = html.escape(anchor.why)
-    return f"<table><tr>{head}</tr>{cells}</table><ul>{notes}</ul><p>{why}</p>"
+    listed = f"<ul>{notes}</ul>" if notes else ""
+    return f"<table><tr>{head}</tr>{cells}</table>{listed}<p>{why}</p>"
 
 
 def _off(points: int) -> str:
@@ -210,11 +212,12 @@ class Marking(widgets.VBox):
     def _laid_out(self) -> list[widgets.Widget]:
         hand_in, compare, show = self.buttons.values()
         titles = ("1 Your answer", "2 Mark these first", "3 Mark your own")
-        first, second, third = (widgets.HTML(f"<h4>{title}</h4>") for title in titles)
-        asked = widgets.HTML(f"<p>{html.escape(self._rubric.question)}</p>")
+        first, second, third = (widgets.HTML(f"<b>{title}</b>") for title in titles)
+        asked = widgets.HTML(READS.format(html.escape(self._rubric.question)))
         before = [first, asked, self.answer, hand_in, self.says]
         others = [second, self.choice, self.text, self.practice, compare, self.difference]
-        return [*before, *others, third, self.own, show, self.result]
+        # one widget in three places: what is to be done now stands under every button
+        return [*before, *others, self.says, third, self.own, show, self.says, self.result]
 
     def submit(self) -> None:
         """Hand the answer in; it must have FEWEST words. Handing in again replaces it."""
@@ -229,7 +232,8 @@ class Marking(widgets.VBox):
         """Hold the marks given to the chosen calibration answer against its author's."""
         anchor = self._chosen
         self.compared.add(anchor.name)
-        self.difference.value = difference_html(self._rubric, self.practice.marks, anchor)
+        said = difference_html(self._rubric, self.practice.marks, anchor)
+        self.difference.value = READS.format(said)
         self._say(self._next())
 
     def finish(self) -> None:
@@ -239,9 +243,9 @@ class Marking(widgets.VBox):
             return
         mine, model = (_paragraphs(text) for text in (self.submitted, self._model))
         of = f"{self.own.total} of {self._rubric.full}"
-        self.result.value = (
-            f"<p><b>Your marks: {of}.</b></p><h4>Your answer</h4>{mine}"
-            f"<h4>One answer that gets all {self._rubric.full}</h4>{model}"
+        self.result.value = READS.format(
+            f"<p><b>Your marks: {of}.</b></p><p><b>Your answer</b></p>{mine}"
+            f"<p><b>One answer that gets all {self._rubric.full}</b></p>{model}"
         )
         self._say("Done. Marks can still be changed; press the button again.")
 
@@ -261,7 +265,7 @@ class Marking(widgets.VBox):
     def _turn(self, _change: Any = None) -> None:
         """Another calibration answer: an empty sheet, and no anchor to be seen."""
         text = html.escape(self._chosen.answer)
-        self.text.value = f'<blockquote style="max-width:880px">{text}</blockquote>'
+        self.text.value = READS.format(f"<blockquote>{text}</blockquote>")
         self.difference.value = ""
         self.practice.clear()
 
