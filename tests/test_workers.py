@@ -345,11 +345,11 @@ def test_a_full_disk_is_one_sentence(backend, room, truth, monkeypatch, recwarn)
 
 @pytest.mark.parametrize("backend", ["loky", "dask"])
 def test_killed_workers_cost_tries_and_only_the_killer_fails(backend, room, truth, request):
-    said, tasks = [], jobs(room / "marks", s1=die_once, s4=die)
+    said, tasks = [], jobs(room / "marks", s4=die_once, s5=die)
     workers = workers_of(backend, request, retries=1)
-    with pytest.raises(JobsFailed, match=r"1 of 6 jobs failed 2 times .s4: [TK].*Worker") as info:
+    with pytest.raises(JobsFailed, match=r"1 of 6 jobs failed 2 times .s5: [TK].*Worker") as info:
         run_jobs(tasks, room / "out", workers, lambda *x: said.append(x))
     assert "\n" not in str(info.value)
-    assert results(room / "out") == {k: v for k, v in truth[1].items() if k != "s4.json"}
-    assert any(text.startswith("s1 failed (") and "run again" in text for text, *_ in said)
-    assert len(marks(room / "marks", "tried-4")) <= 3, "tries: its own two, one in company"
+    assert results(room / "out") == {k: v for k, v in truth[1].items() if k != "s5.json"}
+    assert any(text.startswith("s4 failed (") and "run again" in text for text, *_ in said)
+    assert len(marks(room / "marks", "tried-5")) <= 3, "tries: its own two, one in company"
