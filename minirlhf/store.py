@@ -5,6 +5,7 @@ a file and a full disk leaves the old one. Nothing is pickled: a checkpoint from
 refused, but it cannot run code. Every failure is one sentence: what, where, what to do.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,10 @@ class StoreError(RuntimeError):
     """A file could not be written or read; the message says which and what to do."""
 
 
+class DiskFull(StoreError):
+    """There is no room left: trying again will not help."""
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
     """Call write(temporary) and rename the result to `path`. Raises StoreError, leaves no scrap."""
     path = Path(path)
@@ -39,7 +44,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
         reason = getattr(error, "strerror", None) or str(error)
         blocked = isinstance(error, FileExistsError | NotADirectoryError)
         todo = "a file stands where a folder is needed, so" if blocked else "free some space or"
-        raise StoreError(
+        # safetensors gives the number as text
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in reason
+        raise (DiskFull if full else StoreError)(
             f"cannot write {path}: {reason}; {todo} choose another folder "
             "(an earlier version of the file is untouched)"
         ) from error

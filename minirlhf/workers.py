@@ -207,6 +207,8 @@ class _Run:
                     self._failed(outcome.key, outcome.error)
 
     def _failed(self, key: str, error: str) -> None:
+        if error.startswith("DiskFull: "):  # neither this job nor another one can be written
+            raise store.DiskFull(error.removeprefix("DiskFull: ").rpartition(" (")[0])
         self.tries[key] += 1
         self.errors[key] = error
         then = "it is run again" if self.tries[key] <= self.retries else "that was its last try"

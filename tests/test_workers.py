@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from joblib import register_parallel_backend
 from joblib._parallel_backends import MultiprocessingBackend
-from worker_jobs import compute, die, die_once, fail, jobs, odd, run_in_a_session, stumble
+from worker_jobs import compute, die, die_once, fail, jobs, no_room, odd, run_in_a_session, stumble
 
 from minirlhf import cores, store, workers
 from minirlhf.workers import JobsFailed, NoWorkers, Workers, run_jobs
@@ -341,6 +341,14 @@ def test_a_full_disk_is_one_sentence(backend, room, truth, monkeypatch, recwarn)
     assert len(results(room / "out")) == 2 and not list((room / "out").glob(".*"))
     assert not [w for w in recwarn if "cancelled" in str(w.message)]
     assert run_jobs(tasks, room / "out", Workers("sequential")) == truth[0]
+
+
+def test_a_disk_that_is_full_for_a_job_ends_the_call_in_one_sentence(room):
+    said, tasks = [], jobs(room / "marks", 2, s1=no_room)
+    with pytest.raises(store.DiskFull, match=r"^cannot write x: No space left") as info:
+        run_jobs(tasks, room / "out", Workers("sequential"), lambda *x: said.append(x))
+    assert "\n" not in str(info.value) and [text for text, *_ in said] == ["s0"]
+    assert (room / "out" / "s0.json").exists()
 
 
 @pytest.mark.parametrize("backend", ["loky", "dask"])

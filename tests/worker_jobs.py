@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from minirlhf.store import DiskFull
 from minirlhf.workers import Workers, run_jobs
 
 
@@ -46,6 +47,10 @@ def die(seed, folder):
     first_time(folder, f"{seed}-{time.time_ns()}")
     time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_room(seed, folder):
+    raise DiskFull("cannot write x: No space left on device; free some space")
 
 
 def slow(seed, folder):
