@@ -126,7 +126,7 @@ def test_prices_that_nobody_would_be_charged_are_refused(changes, prices, words)
 def test_four_times_as_dear_exactly_where_the_reference_is_brief(monkeypatch):
     run = bare_run(40)
     table = run.desk.encode(run.prompts)
-    lengths = sum(mask.sum(1) for _, mask in draws(table, run)) / DRAWS
+    lengths = torch.stack([mask.sum(1) for _, mask in draws(table, run)]).sum(0) / DRAWS
     limit = float(lengths.median())
     run.config = replace(run.config, audit=replace(run.config.audit, brief_below=limit))
     monkeypatch.setattr(run, "reward_model", FakeReward(), raising=False)

@@ -304,5 +304,6 @@ def test_an_ensemble_in_a_run_asks_for_its_members():
         member=lambda k: asked.append(k) or SimpleNamespace(score=lambda *given: torch.zeros(1))
     )
     (rule,) = stack("ensemble_min", BASE).rules.scores
-    assert rule(lambda *given: torch.ones(1), run)(torch.zeros(1)).item() == 0
+    given = (torch.zeros(1, 1),) * 3
+    assert rule(lambda *given: torch.ones(1), run)(*given).item() == 0
     assert asked == [1, 2]
