@@ -209,7 +209,7 @@ def test_the_text_below_keeps_its_height_and_is_escaped(panel):
     turn(panel, "counterfactual", "odin")
     page = panel.live.view.value
     below = page[page.index("<div") :]
-    assert "height:150px" in below and REMEDIES["counterfactual"].source in below
+    assert "height:126px" in below and REMEDIES["counterfactual"].source in below
     assert "(x, y) &gt; (x, padded y)" in below
 
 

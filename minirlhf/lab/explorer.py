@@ -142,6 +142,7 @@ class SweepExplorer(Panel):
         self, sweep: pd.DataFrame, trajectories: pd.DataFrame, case: Any = None, *, steps: int = 20
     ):
         self._stop, self._job, self._lived = threading.Event(), threading.Thread(), {}
+        self.button = widgets.Button(description=LIVE, disabled=case is None)
         plain = (d[d["remedy"] == "none"] for d in (sweep, trajectories))
         self._sweep, self._paths = (d.astype(dict.fromkeys(CELL, float)) for d in plain)
         if self._sweep.empty:
@@ -156,7 +157,6 @@ class SweepExplorer(Panel):
         self.live_run: LiveRun | None = None
         look: Any = {"layout": widgets.Layout(width="33%"), "style": {"description_width": "82px"}}
         controls = {name: self._dial(name, look) for name in CELL}
-        self.button = widgets.Button(description=LIVE, disabled=case is None)
         self.button.on_click(lambda _: self.cancel() if self.busy else self.run_live())
         self.progress, self.note = widgets.IntProgress(0, 0, steps), widgets.HTML()
         self.button.layout.width = self.progress.layout.width = "170px"
@@ -193,12 +193,7 @@ class SweepExplorer(Panel):
         self._title = axes[0, 0].text(0.005, 0.995, "", fontsize=13, weight="bold", **look)
         found = (x.get_legend_handles_labels() for x in (axes[0, 0], ax, axes[0, 2]))
         keys = {name: line for pair in found for line, name in zip(*pair, strict=True)}
-        place: Any = {
-            "loc": "outside lower center",
-            "ncols": 6,
-            "columnspacing": 1.1,
-            "handlelength": 1.5,
-        }
+        place: Any = {"loc": "outside lower center", "ncols": 6, "columnspacing": 1.1}
         figure.legend(keys.values(), keys, fontsize=10, frameon=False, **place)
         drawn = (self._length, *self._advantage.values(), *self._ends)
         return figure, [*(a for x in drawn for a in x.artists), self._run, self._title]

@@ -54,8 +54,8 @@ COLUMN = (
     '<span style="font-weight:bold">{}</span></div>'
 )
 BELOW = (
-    '<div style="display:flex;gap:18px;max-width:1010px;height:150px;overflow:auto;'
-    'font-size:13px;line-height:1.35;background:#fff;color:#222">{}</div>'
+    '<div style="display:flex;gap:18px;max-width:1010px;height:126px;overflow:auto;'
+    'font-size:13px;line-height:1.3;background:#fff;color:#222">{}</div>'
 )
 
 
@@ -193,7 +193,7 @@ class RemedyPanel(Panel):
 
     # ------------------------------------------------------------------ the picture
     def _draw(self, rows: pd.DataFrame) -> tuple[Figure, list[Any]]:
-        figure = blank(10.1, 4.8, wspace=0.01)
+        figure = blank(10.1, 4.4, wspace=0.01)
         axes = figure.subplots(2, 4)
         three, table = np.arange(3), self._table
         gap: Parts = {"reward": ("gap_score",), "KL": ("-gap_cost",)}

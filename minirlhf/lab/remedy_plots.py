@@ -32,13 +32,8 @@ from minirlhf.remedy_table import (
 ZONE = {"color": GREEN, "alpha": 0.13, "lw": 0}
 FOREST = {  # measure -> title, unit and direction, level of no change, target zone
     "brief_length_ratio": ("brief: length", "times the reference's", 1, (1 - LENGTH, 1 + LENGTH)),
-    "brief_gold_change": ("brief: gold", "change in points (better →)", 0, (GOLD, np.inf)),
-    "detailed_steps_kept": (
-        "detailed: steps",
-        "times the reference's (better →)",
-        1,
-        (STEPS, np.inf),
-    ),
+    "brief_gold_change": ("brief: gold", "change in points (better →)", 0, (GOLD, 9)),
+    "detailed_steps_kept": ("detailed: steps", "times the reference's (better →)", 1, (STEPS, 9)),
     "brief_hedged_change": ("brief: hedging", "change of the share (← better)", 0, None),
 }
 PLACES = {  # where a remedy acts -> colour and marker
@@ -90,26 +85,28 @@ def remedy_table_html(
 ) -> str:
     """The whole table: a line per arm, "mean [low, high]" per measure, the two-sided test first.
 
-    Every text is escaped; no script. The first two columns stay in sight under scrolling.
+    Every text is escaped; no script. Heads and the arms' names stay in sight under scrolling.
     """
     test = repaired(rows).set_index("remedy")
-    cells = wide(rows, names).rename(columns=lambda n: _head(n))
+    cells = wide(rows, names).rename(columns=_head)
     order = [(place, name) for place, arms in by_place(rows).items() for name in arms]
     cells = cells.loc[[name for _, name in order]]
     cells.insert(0, "two-sided test", [verdict(test.loc[name]) for _, name in order])
-    cells.index = pd.MultiIndex.from_tuples(order, names=["acts on", "arm"])
+    cells.index, cells.columns.name = pd.MultiIndex.from_tuples(order), None
     table = cells.to_html(escape=True, border=0, classes="minirlhf-remedies", justify="left")
     style = (
         "<style>.minirlhf-remedies td,.minirlhf-remedies th{white-space:nowrap;padding:3px 10px;"
         "text-align:left;vertical-align:top;background:#fff;color:#222;border-bottom:1px solid "
         "#ccc;font-variant-numeric:tabular-nums}.minirlhf-remedies thead th{position:sticky;top:0;"
-        "white-space:normal;min-width:90px}.minirlhf-remedies tbody th{font-weight:bold}</style>"
+        "white-space:normal;min-width:90px;z-index:2}.minirlhf-remedies tbody th:last-of-type{"
+        "position:sticky;left:0}</style>"
     )
     return f'{style}<div style="overflow:auto;max-height:{height}px">{table}</div>'
 
 
 def _head(name: str) -> str:
-    return f"{HEADS.get(name, MEASURES[name].title)}, {MEASURES[name].unit}"
+    change = ", change" if name.endswith("_change") else ""
+    return f"{HEADS.get(name, MEASURES[name].title)}{change}, {MEASURES[name].unit}"
 
 
 def verdict(test: Any) -> str:
