@@ -157,7 +157,8 @@ def best_of_n(recipe: Recipe) -> Recipe:
 def stack(names: str, config: DriftConfig) -> Recipe:
     """The recipe of one arm, or of several joined by "+", first to last.
 
-    Raises ValueError for a name that is no arm, or for one that undoes a fault it does not find.
+    Raises ValueError for a name that is no arm. What repairs a fault does not ask whether the
+    fault is there.
     """
     recipe, wanted = Recipe(config), names.split("+")
     for name in wanted:
