@@ -11,7 +11,7 @@ LARGE = "a large KL penalty must make the advantage negative"
 REPAIRS = "a larger beta repairs the reward model"
 CENTRED = "centring or normalising the reward removes the preference"
 FREE = "a length penalty (or any fix) costs nothing"
-BLIND = "half of the wins to the longer answer: so the RM is blind to length"
+BLIND = "half of the wins go to the longer answer: so being verbose does not pay"
 
 RUBRIC = Rubric(
     "Propose one concrete change, to the training of the reward model as a ranking problem or to "
@@ -70,9 +70,10 @@ CALIBRATION = (
         "then blind to length, so there is no reason to be verbose. I would check held-out "
         "accuracy.",
         _marks(3, 1, 0, 0, mistakes=(BLIND,)),
-        "A real change of the ranking. But a slope is left after it, so the sign need not turn, "
-        "and held-out accuracy has the labelers' bias in it: it goes up with the fault. A point "
-        "off for the claim.",
+        "A real change of the ranking. But who wins half of the time says little of what is paid: "
+        "pairs chosen by who won tie length to quality, and verbose answers carry hedges, too. "
+        "Runs on such pairs end at twice the reference's length here. And held-out accuracy is "
+        "that of biased labels: it falls when the fault goes. A point off for the claim.",
     ),
     Anchor(
         "E",
@@ -102,9 +103,9 @@ prompts that deserve length pay the same price per nat, and the reward model sti
 padded answer.
 
 Twins must differ in both styles. With courteous twins alone the reward model stops paying for \
-length and still pays for a hedge, and the policy learns to hedge instead. Dropping or matching \
-pairs by length is weaker: a slope is left, since among pairs with as many long winners as short \
-ones the long winners are a little worse.
+length and still pays for a hedge, and the policy hedges instead. Balancing or matching the pairs \
+that are there by length is weaker: it chooses pairs by who won, which ties length to quality, and \
+its runs here end at about twice the reference's length, with hedges in about half of the answers.
 
 Price: as many pairs again to write, a detector of padding or a writer one trusts, and courtesy \
 that somebody wanted may be undervalued. I would look at what one phrase and one hedge are worth \

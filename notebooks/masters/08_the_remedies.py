@@ -12,6 +12,7 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from IPython.display import HTML
 
@@ -22,6 +23,7 @@ from minirlhf.lab.live import Picture
 from minirlhf.lab.remedy import forest_figure, frontier_figure, push_figure, remedy_table_html
 from minirlhf.model import response_states
 from minirlhf.ppo import price_and_credit
+from minirlhf.preferences import PreferenceConfig, make_pairs, raw_bias
 from minirlhf.push import push
 from minirlhf.recipe import Recipe, changed
 from minirlhf.remedies import REMEDIES, stack
@@ -128,7 +130,10 @@ print("measured:")
 Picture(push_figure(rows, ["none", *FIVE]))
 
 # %% [markdown]
-# TODO prose five
+# Only the twins turn it. The other four take something off the gap, or nothing at all, and leave
+# its sign; the advantage at the forks goes the same way. Three reward models that learned from the
+# same labelers agree on what a courtesy is worth, so the worst of three is not much worse than
+# any. A weaker push is no repair yet: the run goes the same way, more slowly or less far.
 #
 # ## 3 By hand
 #
@@ -218,10 +223,10 @@ for place in dict.fromkeys(remedy.acts for remedy in REMEDIES.values()):
             print(f"    {name:22} {remedy.equation}")
 
 # %% [markdown]
-# And all of what they did, on the batch and at the end of a trained run. Each number is a mean over
-# seeds with its 95 % interval (Student's t). Scroll to the right for the batch. Arms that only
-# repair a fault we do not have (`placement`, `sequence_sum`, `dr_grpo`) are held against runs that
-# have that fault (`book_literal`, `token_mean`, `grpo`).
+# And all of what they did, on the batch and at the end of a trained run. Each number is a mean
+# over seeds with its 95 % interval (Student's t). Scroll to the right for the batch. Arms that
+# only repair a fault we do not have (`placement`, `sequence_sum`, `dr_grpo`) are held against runs
+# that have that fault (`book_literal`, `token_mean`, `grpo`).
 
 # %%
 HTML(remedy_table_html(rows))  # no script in it, every text escaped
@@ -284,7 +289,7 @@ Picture(forest_figure(rows))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
-BOTH = ("none", "counterfactual_length", "counterfactual", "matched_length", "matched")
+BOTH = ("none", "counterfactual_length", "counterfactual", "balanced", "matched_length", "matched")
 BOTH += ("covariate_length", "covariate", "odin", "length_penalty", "fair")
 print("                        worth, reward sd         at the end, brief prompts")
 print("                        courtesy   hedge      length     hedging (change of share)")
@@ -297,15 +302,19 @@ for name in (n for n in BOTH if n in test.index):
     print(f"{name:22} {phrase:+9.1f}   {hedge:+5.1f}       x {length:3.1f}      {hedging:+.1f}")
 
 # %% [markdown]
-# TODO prose substitution
+# Bias substitution. With courteous twins alone the reward model charges for a courtesy, and pays
+# for a hedge as before, or nearly; the policy hedges instead, and the length that is left is made
+# of hedges. Whoever measures the worth of length on matched answers sees a repaired reward model.
+# A price on tokens does the same: hedges are short, and worth their tokens. Twins in both styles
+# leave neither.
 #
 # ### Why balancing leaves a slope
 #
 # Notebook 03 balanced the pairs of an exact toy: long winners reweighted until the longer answer
 # won half of all pairs, and about half of the slope survived. A more careful way is to balance *at
 # every length difference by itself* (`matched_length`); another is to add twins. The toy again:
-# quality and length of two answers differ by standard normals, the label's log-odds are
-# $\Delta q + \tfrac12 \Delta\ell$, pairs are without number.
+# quality and length of two answers differ by standard normals, the label's log-odds are $\Delta q
+# + \tfrac12 \Delta\ell$, pairs are without number.
 #
 # **Predict.** The slope on length was 0.5. What does the ranking loss find among pairs matched at
 # every difference: 0, or more? And with as many twins as pairs (same quality, the lengths as
@@ -354,8 +363,26 @@ assert left["balanced over all"] > left["at every difference"] > 0 > left["twins
 # Balancing over all takes a constant away where a slope should be. At every difference by itself
 # the constant becomes a curve $\log s(\Delta\ell)$, and that undoes the odds of winning *averaged
 # over quality*. Averaged odds are flatter than those at equal quality, so it undoes too little.
-# The wider quality spreads, the flatter they are, and the more is left. A twin holds quality fixed *by making it*, and leaves nothing
-# to average over; twins that lose turn the slope, and a tie cannot do more than flatten it.
+# The wider quality spreads, the flatter they are, and the more is left. A twin holds quality fixed
+# *by making it*, and leaves nothing to average over; twins that lose turn the slope, and a tie
+# cannot do more than flatten it.
+#
+# And in our world? There balancing does more than the toy says: a courtesy is worth about nothing
+# afterwards. Not that it sees better. One share is dropped from all pairs, and long answers win
+# for different reasons:
+
+# %%
+pairs = make_pairs(case.desk, PreferenceConfig(pairs=4000), np.random.default_rng(0)).train
+for stratum in ("brief", "detailed"):
+    found = raw_bias(pairs.select(pairs.stratum == stratum))["longer_wins"]
+    print(f"{stratum:9} the longer answer wins {found:.0%}")
+print(f"all prompts                     {raw_bias(pairs)['longer_wins']:.0%}")
+
+# %% [markdown]
+# To detailed questions the longer answer wins more often, since it often has a step more. So the
+# share dropped over all is too large for brief prompts and too small for detailed ones. Two errors
+# meet on brief prompts, of opposite sign. `matched` works in either stratum by itself and does not
+# have that luck; nor does either do much about hedges.
 #
 # **Exercise 2** (10 minutes). Write that pair rule on a toy list. A pair is (prompt, winner,
 # loser).
@@ -389,8 +416,8 @@ print(check_add_twins(add_twins))
 # is one arm: **gold against KL**. An arm that only stops earlier slides along the curve of the
 # default run. One that repairs the score leaves the curve.
 #
-# **Predict.** Which arms lie *above* the default's curve on brief prompts: those that act on KL, or
-# those that act on pairs?
+# **Predict.** Which arms lie *above* the default's curve on brief prompts: those that act on KL,
+# or those that act on pairs?
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
@@ -407,7 +434,8 @@ for name in ("larger_beta", "per_stratum_beta", "early_stop", "length_penalty", 
     print(f"    {name:20}            {said}          {REMEDIES[name].cost}")
 
 # %% [markdown]
-# TODO prose price
+# The arms on KL, and stopping early, go less far on the same way: gold falls from the first steps
+# on, so on brief prompts nothing is better than to stay. SCIENCE says TODO cost of beta
 #
 # **Two at once.** Recipes are values, so remedies stack: `stack("a+b", config)` calls one function
 # after the other, and `changed` lists what differs. On a batch the gaps of two that act on
@@ -434,6 +462,27 @@ for name in (n for n in test.index if "+" in n):
     print(f"detailed steps x {at.detailed_steps_kept:.1f}")
 
 # %% [markdown]
+# **Would an offline number have told?** Held-out pairs are ranked by the same labelers.
+#
+# **Predict.** Beside the default's, is the reward model of the twins better or worse on held-out
+# pairs? And by the auditor's ranking of the same pairs?
+
+# %% tags=["reveal"] jupyter={"outputs_hidden": true}
+print("measured:")
+print("                     agrees with: labels   gold     brief: length   gold")
+for name in ("none", "balanced", "matched", "counterfactual", "equal_style", "fair"):
+    mean = rows[rows.remedy == name][["heldout_accuracy", "gold_accuracy"]].mean()
+    at = test.loc[name]
+    print(f"{name:15} {mean.iloc[0]:21.0%} {mean.iloc[1]:6.0%}", end="           ")
+    print(f"x {at.brief_length_ratio:.1f}   {at.brief_gold_change:+.1f}")
+
+# %% [markdown]
+# Held-out accuracy falls with every repair of the pairs, since the labels it counts have the bias
+# in them (in the `fair` arm the labels are others). Ranked by gold the order is turned round. But
+# gold accuracy on pairs does not decide either: `equal_style` has the best of the repaired ones,
+# and its runs end badly. It has seen no pair that differs in style, so what it thinks of style is
+# chance, and PPO finds that out.
+#
 # **Exercise 3** (10 minutes). Add a remedy of your own: a function that changes *exactly one*
 # thing of the recipe it is given. `recipe.ppo(...)` changes a setting of PPO, `recipe.rule(...)`
 # puts something in at a joint: `pairs`, `fit`, `scores`, `prices`, `stop`.
@@ -453,8 +502,8 @@ from checks.c08 import check_remedy
 print(check_remedy(my_remedy))
 
 # %% [markdown]
-# To have it measured like the others, give it a row in `minirlhf/remedies.py` and run
-# `minirlhf remedies` (CONTRIBUTING.md says how).
+# To have it measured like the others, give it a row in `minirlhf/remedies.py` and run `minirlhf
+# remedies` (CONTRIBUTING.md says how).
 #
 # ## 7 Where the literature disagrees
 #
@@ -494,7 +543,16 @@ print(f"five reward models, five sets of pairs: a courtesy is worth {alone.min()
 print(f"{alone.max():+.1f} sd; the worst of all five would still pay for it: {alone.min() > 0}")
 
 # %% [markdown]
-# TODO prose literature
+# *Ensembles*: ours side with Eisenstein. The members learned from resampled pairs of the same
+# labelers, and price a courtesy alike; the minimum of three equal numbers is that number. An
+# ensemble removes what its members disagree on. In Coste et al. the labels come from a gold model,
+# with noise: errors are what a member made of its own sample. Here the fault is in the labels.
+#
+# *KL*: with Gao as far as brief prompts go: four times the price ends below the reference's gold,
+# and that is the best point of the default run's way, its start. With Ziegler, too: nothing else
+# in the table makes drift as slow for as little work.
+#
+# *The length head*: TODO odin
 #
 # ## 8 Does the prediction hold?
 #
@@ -565,7 +623,7 @@ HTML(rubric_html(RUBRIC))
 def marks_of_d():
     """Points by criterion, and a list of the wrong claims, by their text in the rubric."""
     # BEGIN SOLUTION
-    wrong = "half of the wins to the longer answer: so the RM is blind to length"
+    wrong = "half of the wins go to the longer answer: so being verbose does not pay"
     return {"change": 3, "sign": 1, "price": 0, "measure": 0}, [wrong]
     # END SOLUTION
 
@@ -576,10 +634,10 @@ from checks.c08 import check_marks
 print(check_marks(marks_of_d))
 
 # %% [markdown]
-# Now write your own, five to ten sentences, with at least two numbers from this notebook. Then mark
-# the five answers (the difference to their author's marks is shown), mark your own by the same
-# rubric, and only then open the model answer. What you write stays in this notebook's kernel: it is
-# not saved and not sent anywhere.
+# Now write your own, five to ten sentences, with at least two numbers from this notebook. Then
+# mark the five answers (the difference to their author's marks is shown), mark your own by the
+# same rubric, and only then open the model answer. What you write stays in this notebook's kernel:
+# it is not saved and not sent anywhere.
 
 # %% jupyter={"source_hidden": true}
 marking = Marking(RUBRIC, CALIBRATION, MODEL_ANSWER)
