@@ -48,7 +48,12 @@ def batch(name, seed, *, push, **_):
     if name in NO_PUSH:
         return {}
     e = noise(name, seed, 0.002)
-    found = {"verbose_then": 0.45, "gap_score": 8 * push, "gap_cost": 3 * abs(push)}
+    found = {
+        "anew": name == "rloo",
+        "verbose_then": 0.45,
+        "gap_score": 8 * push,
+        "gap_cost": 3 * abs(push),
+    }
     found |= {"gap_effective": 8 * push - 3 * abs(push), "fork_verbose": 9 * push}
     found["fork_concise"] = -5 * push
     for side, sign in (("verbose", 1), ("concise", -1)):

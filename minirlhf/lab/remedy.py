@@ -35,7 +35,9 @@ from minirlhf.remedy_table import agreement, repaired, summarise
 __all__ = ["RemedyPanel", "forest_figure", "frontier_figure", "push_figure", "remedy_table_html"]
 LOOK = {"reward": (VERMILLION, ""), "KL": (BLUE, "//")}
 LOOK |= {"baseline": ("#BBBBBB", ""), "rest": (ORANGE, "..")}
-Parts = Mapping[str, tuple[str, ...]]  # part -> its columns, "-" before one that is taken away
+LOOK |= {side: (look["color"], look.get("hatch", "")) for side, look in SIDE.items()}
+Parts = Mapping[str, tuple[str, ...]]  # part -> its columns
+SIGN = {"gap_cost": -1}  # what is taken away
 OUTCOMES = {  # column -> title, unit and direction
     "length_tokens": ("length", "tokens"),
     "gold": ("gold", "points, ↑ better"),
@@ -75,15 +77,14 @@ class Stack:
         self._index, self._at = list(table.index), np.asarray(at, dtype=float)
         self._ends = np.array([table[k][total] for k in ("mean", "low", "high")])  # [3, arms]
         mean = table["mean"]
-        self.sizes = np.array([sum(_signed(mean, c) for c in names) for names in parts.values()])
+        columns = [[SIGN.get(c, 1) * mean[c] for c in names] for names in parts.values()]
+        self.sizes = np.array([sum(found) for found in columns])  # [parts, arms]
         ax.axhline(0, color=INK, lw=1)
-        looks = (
-            LOOK[p] if p in LOOK else tuple(SIDE[p].get(k) for k in ("color", "hatch"))
-            for p in parts
-        )
+        looks = [(part, *LOOK[part]) for part in parts]
+        edge: Any = {"edgecolor": "white", "lw": 0}
         self._bars = [
-            ax.bar(self._at, 0.0, width, color=c, hatch=h, edgecolor="white", lw=0, label=p)
-            for p, (c, h) in zip(parts, looks, strict=True)
+            ax.bar(self._at, 0.0, width, label=part, color=color, hatch=hatch, **edge)
+            for part, color, hatch in looks
         ]
         self._lines = ax.vlines(self._at, 0, 0, color=INK, lw=2)
         (self._sums,) = ax.plot(self._at, 0 * self._at, "D", color=INK, mec="white", ms=7)
@@ -108,14 +109,8 @@ class Stack:
             for bar, height, low in zip(bars, heights, lows, strict=True):
                 bar.set(y=low, height=height)
         self._sums.set_data(self._at, ends[0])
-        self._lines.set_segments(
-            [[(x, a), (x, b)] for x, _, a, b in zip(self._at, *ends, strict=True)]
-        )
+        self._lines.set_segments([[(x, a), (x, b)] for x, a, b in zip(self._at, *ends[1:])])  # noqa: B905
         return dict(zip(names, ends[0].tolist(), strict=True))
-
-
-def _signed(means: Any, column: str) -> Any:
-    return -means[column[1:]] if column.startswith("-") else means[column]
 
 
 def _pivot(rows: pd.DataFrame) -> pd.DataFrame:
@@ -129,14 +124,13 @@ def push_figure(rows: pd.DataFrame, names: Sequence[str]) -> Figure:
     """
     table, figure = _pivot(rows), blank(12, 4.4, wspace=0.03)
     known = table["mean"]["push_verbose"].dropna()
+    table = table.reindex(list(names))
     if bare := [name for name in names if name not in known.index]:
         raise ValueError(f"no push for {', '.join(bare)}: choose arms that learn from a batch")
     said, at = [], np.arange(len(names))
     for ax, side in zip(figure.subplots(1, 2, sharey=True), SIDE, strict=True):
         tidy(ax, f"push on {side} answers", y="" if said else "nats a step (↑ pushed up)")
-        stack = Stack(
-            ax, table.loc[list(names)], f"push_{side}", push_parts(side), at=at, width=0.6
-        )
+        stack = Stack(ax, table, f"push_{side}", push_parts(side), at=at, width=0.6)
         found = stack.move(names)
         said.append(f"{side}: {', '.join(f'{n} {x:+.3f}' for n, x in found.items())}")
         ax.set_xticks(at, list(names), fontsize=11, rotation=25, ha="right", rotation_mode="anchor")
@@ -162,8 +156,8 @@ class _Page(LiveFigure):
 class RemedyPanel(Panel):
     """Choose an arm, and one to compare with: what it does to a batch, and what came of it.
 
-    Left: the batch of the run that the arm changes. Right: audits at the end, a dot per seed; the
-    grey lines are the reference. `shown` holds the sums on screen, {measure: {arm: mean}}.
+    Left: the batch of the run that the arm changes. Right: audits at the end, a dot per seed, the
+    reference dashed. `shown` holds the sums on screen, {measure: {arm: mean}}.
     Raises ValueError if the rows lack an arm that another one changes.
     """
 
@@ -179,12 +173,10 @@ class RemedyPanel(Panel):
         arms = [name for names in by_place(rows).values() for name in names]
         options = [(f"{name}  ({about(name).acts})", name) for name in arms]
         look: Any = {"layout": Layout(width="49%"), "style": {"description_width": "90px"}}
-        first = [x for x in options if x[1] != "none"]
+        first, then = [x for x in options if x[1] != "none"], [("nothing", ""), *options]
         controls = {
             "remedy": Dropdown(options=first, description="remedy", **look),
-            "compare": Dropdown(
-                options=[("nothing", ""), *options], description="compare with", **look
-            ),
+            "compare": Dropdown(options=then, description="compare with", **look),
         }
         figure, artists = self._draw(rows)
         self._page = _Page(figure, artists, width=1010)
@@ -196,7 +188,7 @@ class RemedyPanel(Panel):
         figure = blank(10.1, 4.4, wspace=0.01)
         axes = figure.subplots(2, 4)
         three, table = np.arange(3), self._table
-        gap: Parts = {"reward": ("gap_score",), "KL": ("-gap_cost",)}
+        gap: Parts = {"reward": ("gap_score",), "KL": ("gap_cost",)}
         whole: Any = {"at": three, "width": 0.6}
         self._stacks = {"gap_effective": Stack(axes[0, 0], table, "gap_effective", gap, **whole)}
         for ax, side, shift in zip(axes[1], SIDE, (-0.2, 0.2), strict=False):
@@ -259,13 +251,13 @@ class RemedyPanel(Panel):
             return "It learns from no batch, so it has no push"
         if fault == name or np.isnan(b):
             return f"The push on verbose is {a:+.3f} nats a step"
-        turn = (
-            f"stays {_sign(a)}" if _sign(a) == _sign(b) else f"turns from {_sign(b)} to {_sign(a)}"
+        old, new = _sign(b), _sign(a)
+        turn = f"stays {new}" if old == new else f"turns from {old} to {new}"
+        more = (
+            ", an interval that holds 0" if push.at[name, "low"] * push.at[name, "high"] < 0 else ""
         )
-        unsure = (
-            ", an interval that holds 0" if push.at[name, "low"] < 0 < push.at[name, "high"] else ""
-        )
-        return f"The push on verbose {turn} ({b:+.3f} to {a:+.3f} nats a step{unsure})"
+        more += ", the same policy answering anew" if self._rows[name]["anew"].any() else ""
+        return f"The push on verbose {turn} ({b:+.3f} to {a:+.3f} nats a step{more})"
 
 
 def _sign(x: float) -> str:
@@ -281,11 +273,8 @@ def _way(now: str, then: str) -> str:
 def _column(name: str, said: str) -> str:
     """An arm's card: what it changes, where, at what cost, who says so, and what the rows say."""
     arm = about(name)
-    more = "".join(
-        f" {title}: {text}."
-        for title, text in (("Equation", arm.equation), ("Cost", arm.cost), ("Source", arm.source))
-        if text
-    )
+    facts = {"Equation": arm.equation, "Cost": arm.cost, "Source": arm.source}
+    more = "".join(f" {title}: {text}." for title, text in facts.items() if text)
     return COLUMN.format(*(html.escape(x) for x in (name, arm.title, arm.acts, more, said)))
 
 
@@ -295,19 +284,15 @@ def _outcome(ax: Axes, column: str, rows: pd.DataFrame) -> list[Any]:
     tidy(ax, title, y=unit).set_xticks((0, 1), STRATA, fontsize=11)
     known = rows[[f"{m}_{s}_{column}" for m in ("reference", "final") for s in STRATA]].to_numpy()
     low, high = np.nanmin(known), np.nanmax(known)
-    if column != "gold":
-        low = 0.0
+    low = low if column == "gold" else 0.0
     if column.endswith("_rate"):
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     air = 0.06 * (high - low) + 1e-9
     ax.set(xlim=(-0.5, 1.5), ylim=(low - air, high + air))
-    level = ax.hlines(
-        (0, 0), (-0.4, 0.6), (0.4, 1.4), color=INK, lw=1.5, ls="--", label="reference"
-    )
+    level = ax.hlines([0], 0, 0, color=INK, lw=1.5, ls="--", label="reference")
     dots = [ax.plot([], [], ".", color=c, ms=5, alpha=0.6)[0] for c, _ in ARMS.values()]
     means = [
-        ax.plot([], [], m, color=c, ms=9, mec="white", label=name)[0]
-        for name, (c, m) in ARMS.items()
+        ax.plot([], [], m, color=c, ms=9, mec="white", label=k)[0] for k, (c, m) in ARMS.items()
     ]
     return [level, dots, means]
 
