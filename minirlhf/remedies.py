@@ -126,7 +126,8 @@ def early_stop(recipe: Recipe) -> Recipe:
 def learn_directly(run: Drift) -> None:
     """DPO on the run's own pairs, from the reference."""
     run.audit(run.reference, 0)
-    given = (run.ppo.policy, run.reference, run.preferences.train, DPOConfig())
+    pairs = run.ruled(run.preferences.train).to(run.device)
+    given = (run.ppo.policy, run.reference, pairs, DPOConfig())
     train_dpo(*given, generator=run.generator("dpo"))
     run.audit(run.ppo.policy, run.config.steps)
 
@@ -260,7 +261,7 @@ REMEDIES: dict[str, Remedy] = {
     ),
     "ensemble_uwo": Remedy(
         "mean minus half the variance of three", scores(score_rules.ensemble("uwo")), "reward",
-        "mean - var / 2", "three trainings, three scorings",
+        "mean - var / 2 (over n - 1)", "three trainings, three scorings",
         "Coste et al. 2023, arXiv 2310.02743",
     ),
     "par": Remedy(
@@ -326,7 +327,7 @@ REMEDIES: dict[str, Remedy] = {
         "Ahmadian et al. 2024, arXiv 2402.14740",
     ),
     "dr_grpo": Remedy(
-        "neither 1/sd nor 1/|y| (Dr. GRPO)",
+        "neither 1/sd of a group nor 1/|y| (Dr. GRPO)",
         ppo(advantage="rloo", loss_aggregation="sequence_sum"), "advantage",
         "r_i - mean, summed over tokens", "as any group baseline",
         "Liu et al. 2025, arXiv 2503.20783", fault="grpo",

@@ -187,12 +187,16 @@ class Upstream:
         self._write_reward(model, "reward", plain(self.notes))
         return model
 
-    def fit_reward(self, pairs: Pairs, name: str) -> RewardModel:
-        """A reward model of the pairs, after the rules, with the stage's own stream; no scale."""
+    def ruled(self, pairs: Pairs) -> Pairs:
+        """What the rules make of the pairs, one after the other."""
         for number, rule in enumerate(self.rules.pairs):
             pairs = rule(pairs, self, np.random.default_rng(self.stream(f"rule {number}")))
+        return pairs
+
+    def fit_reward(self, pairs: Pairs, name: str) -> RewardModel:
+        """A reward model of the pairs, after the rules, with the stage's own stream; no scale."""
         model = RewardModel(copy.deepcopy(self.reference).requires_grad_(True)).to(self.device)
-        given = (model, pairs.to(self.device), self.config.reward)
+        given = (model, self.ruled(pairs).to(self.device), self.config.reward)
         report = self._report("reward")
         self.rules.fit(*given, generator=self.generator(name), progress=report)
         return model
