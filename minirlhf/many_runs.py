@@ -194,8 +194,9 @@ def remedies(options: RemediesRun) -> int:
     write_table(options.out / "remedies.parquet", rows.to_dict("records"))
     write_text(options.out / "remedies.md", text)
     signs = agreement(rows)
+    signs = signs[signs["told"]]
     print(repaired(rows).round(2).to_string(index=False))
-    print(f"push and outcome agree in sign: {int(signs['agrees'].sum())} of {len(signs)} arms")
+    print(f"push and outcome change alike: {int(signs['agrees'].sum())} of {len(signs)} remedies")
     print(f"\nWritten to {options.out}: remedies.md, remedies.parquet and the tables of the runs")
     if options.ship:
         made = {"remedies": options.out / "remedies.parquet"}

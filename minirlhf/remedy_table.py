@@ -25,6 +25,7 @@ LENGTH = 0.30  # brief answers this close to the reference's length, as a share 
 GOLD = -0.05  # and no worse than this, in points
 STEPS = 0.80  # and detailed answers with this share of the reference's steps
 COVERAGE = 0.95
+PREDICTED = ("push_verbose", "final_brief_length_tokens")
 
 
 class Measure(NamedTuple):
@@ -119,18 +120,43 @@ def repaired(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement(rows: pd.DataFrame) -> pd.DataFrame:
-    """Push against outcome: remedy, push (nats a step, mean over seeds), moved (verbose share of
-    brief answers at the end minus that of the policy which drew the batch), agrees (same sign).
+    """Push against outcome, both against the arm that a remedy repairs, paired by seed.
 
-    Arms without a push, and those that make no step from there on (a push of 0), are left out.
+    remedy; push: the change of the push on verbose answers in the batch, nats a step; moved: the
+    change of the length of brief answers at the end, tokens, with its interval; told: the interval
+    excludes 0, so that there is a sign to predict; agrees: push and moved have the same sign.
+    Arms without a push are left out, and so are the faults.
+    """
+    found = []
+    for remedy, of in rows.groupby("remedy", sort=False):
+        fault = of["fault"].iloc[0]
+        if remedy == fault or remedy in NO_PUSH:
+            continue
+        pair = of.merge(rows[rows["remedy"] == fault], on="seed", suffixes=("", "_before"))
+        push, end = ((pair[k] - pair[f"{k}_before"]).astype(float).to_numpy() for k in PREDICTED)
+        moved, row = interval(end), {"remedy": remedy, "push": float(np.mean(push))}
+        row |= {"moved": moved["mean"], "low": moved["low"], "high": moved["high"]}
+        row["told"] = moved["low"] > 0 or moved["high"] < 0
+        found.append(row | {"agrees": bool(np.sign(row["push"]) == np.sign(row["moved"]))})
+    return pd.DataFrame(found)
+
+
+def levels(rows: pd.DataFrame) -> pd.DataFrame:
+    """The bolder prediction: a push above 0 says that the logged policy is less verbose yet than
+    the remedied run will end. remedy; push, nats a step; moved: verbose share of brief answers at
+    the end minus that of the logged policy, with its interval; told and agrees as in agreement.
     """
     of = rows[~rows["remedy"].isin(NO_PUSH) & rows["push_verbose"].notna()]
-    moved = of["final_brief_verbose_rate"] - of["verbose_then"]
-    found = of.assign(push=of["push_verbose"].astype(float), moved=moved.astype(float))
-    found = found.groupby("remedy", sort=False)[["push", "moved"]].mean().reset_index()
-    found = found[found["push"] != 0]
-    found["agrees"] = np.sign(found["push"]) == np.sign(found["moved"])
-    return found.reset_index(drop=True)
+    of = of.assign(step=of["final_brief_verbose_rate"] - of["verbose_then"])
+    found = []
+    for remedy, seeds in of.groupby("remedy", sort=False):
+        push = float(seeds["push_verbose"].astype(float).mean())
+        moved = interval(seeds["step"].astype(float).to_numpy())
+        told = moved["low"] > 0 or moved["high"] < 0
+        row = {"remedy": remedy, "push": push, "moved": moved["mean"], "low": moved["low"]}
+        row |= {"high": moved["high"], "told": told}
+        found.append(row | {"agrees": bool(np.sign(push) == np.sign(moved["mean"]))})
+    return pd.DataFrame(found)
 
 
 SHOWN = ("brief_length_ratio", "brief_gold_change", "brief_direct_change")
@@ -174,13 +200,22 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         cells = wide(rows, names).to_dict("index")
         lines = [(k, "yes" if test[k] else "no", *cells[k].values()) for k in cells]
         blocks += [f"## {title}", _table(("arm", "repaired", *heads), lines)]
-    agreed = f"{int(signs['agrees'].sum())} of {len(signs)} arms"
+    told, bold = signs[signs["told"]], levels(rows)
     blocks += ["## Push against outcome"]
-    blocks += [f"The sign of the push on verbose answers agrees with the run's end in {agreed}."]
-    cells = signs.to_dict("records")
-    lines = [(r["remedy"], f"{r['push']:+.3f}", f"{r['moved']:+.2f}", r["agrees"]) for r in cells]
-    heads = ("arm", "push (nats a step)", "change of the verbose share from there", "agrees")
-    blocks += [_table(heads, lines), "## What each arm is"]
+    said = (
+        f"Of {len(signs)} remedies with a push, {len(told)} change the length of brief answers by "
+        f"an amount whose interval excludes zero; in {int(told['agrees'].sum())} of those the push "
+        "on verbose answers changes in the same direction. (Both against the arm that is repaired, "
+        "paired by seed.) The bolder reading, that the sign of the push itself says on which side "
+        f"of the logged policy the run ends, holds for {int(bold['agrees'].sum())} of {len(bold)}."
+    )
+    blocks.append(said)
+    yes, lines = {True: "yes", False: "no"}, []
+    for r in signs.to_dict("records"):
+        ends = _text(1, r["moved"], r["low"], r["high"])
+        lines.append((r["remedy"], f"{r['push']:+.3f}", ends, yes[r["agrees"]], yes[r["told"]]))
+    heads = ("remedy", "change of the push (nats a step)", "change of brief length (tokens)")
+    blocks += [_table((*heads, "same sign", "sign told"), lines), "## What each arm is"]
     about = ("title", "acts", "equation", "cost", "source")
     lines = [(name, *(getattr(r, k) for k in about)) for name, r in REMEDIES.items()]
     return "\n\n".join([*blocks, _table(("arm", *about), lines)]) + "\n"

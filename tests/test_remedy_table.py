@@ -10,6 +10,7 @@ from minirlhf.remedy_table import (
     MEASURES,
     agreement,
     interval,
+    levels,
     markdown,
     measured,
     repaired,
@@ -73,18 +74,38 @@ def test_the_test_is_two_sided(given, fails):
     assert [k for k in ("length", "gold", "steps") if not found[k]] == ([fails] if fails else [])
 
 
-def test_agreement_asks_for_the_sign_of_the_move_from_the_logged_policy():
-    up, down = {"final_brief_verbose_rate": 0.9}, {"final_brief_verbose_rate": 0.1}
-    rows = [
-        row("none", 0, push_verbose=0.2, **up),
-        row("matched", 0, push_verbose=-0.2, **down),
-        row("larger_beta", 0, push_verbose=0.2, **down),
-        row("early_stop", 0, push_verbose=0.0, **down),
-        row("dpo", 0, push_verbose=np.nan, **down),
-    ]
+def test_agreement_pairs_a_remedy_with_what_it_repairs():
+    """Changes of the push against changes of length, by seed; a sign that is not told is said."""
+    rows = []
+    for s in range(3):
+        long, short = 30.0 + s, 12.0 + s  # the seed's own offset cancels
+        rows.append(row("none", s, push_verbose=0.2 + s, final_brief_length_tokens=long))
+        rows.append(row("matched", s, push_verbose=0.1 + s, final_brief_length_tokens=short))
+        rows.append(row("par", s, push_verbose=0.3 + s, final_brief_length_tokens=short))
+        rows.append(row("rloo", s, push_verbose=0.1 + s, final_brief_length_tokens=long + s - 1))
+        rows.append(row("dpo", s, push_verbose=np.nan))
+        rows.append(row("grpo", s, fault="grpo", push_verbose=9.0, final_brief_length_tokens=40.0))
+        given = {"push_verbose": 8.0, "final_brief_length_tokens": 41.0 + 0.1 * s}
+        rows.append(row("dr_grpo", s, fault="grpo", **given))
     found = agreement(pd.DataFrame(rows)).set_index("remedy")
+    assert found.index[found["agrees"]].tolist() == ["matched"]
+    assert found.index[found["told"]].tolist() == ["matched", "par", "dr_grpo"]
+    assert found.index.tolist() == ["matched", "par", "rloo", "dr_grpo"]
+    assert found.loc["matched", "push"] == pytest.approx(-0.1)
+    assert found.loc["matched", "moved"] == pytest.approx(-18)
+    assert found.loc["dr_grpo", "push"] == -1 and found.loc["dr_grpo", "moved"] > 0
+
+
+def test_levels_ask_for_the_side_of_the_logged_policy():
+    ends = {"none": (0.2, 0.9), "matched": (-0.2, 0.1), "larger_beta": (0.2, 0.1)}
+    rows = [
+        row(name, s, push_verbose=push, final_brief_verbose_rate=end + 0.01 * s)
+        for name, (push, end) in ends.items()
+        for s in range(3)
+    ]
+    found = levels(pd.DataFrame([*rows, row("dpo", 0)])).set_index("remedy")
     assert found["agrees"].to_dict() == {"none": True, "matched": True, "larger_beta": False}
-    assert found.loc["none", "moved"] == pytest.approx(0.5)
+    assert found.loc["none", "moved"] == pytest.approx(0.51) and found["told"].all()
 
 
 def test_arms_come_in_the_order_of_the_remedies_and_stacks_last():
@@ -95,4 +116,4 @@ def test_arms_come_in_the_order_of_the_remedies_and_stacks_last():
     text = markdown(rows, "minirlhf remedies --seeds 2")
     assert "`minirlhf remedies --seeds 2`" in text and "seeds 0, 1" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.count("|") - line.count("\\|") >= 5 for line in lines)
+    assert all(line.count("|") - line.count("\\|") >= 6 for line in lines)
