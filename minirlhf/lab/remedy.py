@@ -30,7 +30,7 @@ from minirlhf.lab.remedy_plots import (
     remedy_table_html,
     verdict,
 )
-from minirlhf.remedy_table import agreement, repaired, summarise
+from minirlhf.remedy_table import levels, repaired, summarise
 
 __all__ = ["RemedyPanel", "forest_figure", "frontier_figure", "push_figure", "remedy_table_html"]
 LOOK = {"reward": (VERMILLION, ""), "KL": (BLUE, "//")}
@@ -166,7 +166,7 @@ class RemedyPanel(Panel):
         self._fault = dict(zip(rows["remedy"], rows["fault"], strict=True))
         if lacking := {*self._fault.values()} - {*self._fault}:
             raise ValueError(f"rows lack {', '.join(sorted(lacking))}, which other arms change")
-        signs = agreement(rows)
+        signs = levels(rows)
         self._agrees = dict(zip(signs["remedy"], signs["agrees"], strict=True))
         self._rows = {str(name): of for name, of in rows.groupby("remedy")}
         self.said = {name: self._sentence(name) for name in self._fault}
