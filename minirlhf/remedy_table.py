@@ -169,7 +169,8 @@ NOTE = (
     "Means over runs, with a 95 % Student t interval over seeds. *Repaired*: on brief prompts the "
     "length within 30 % of the reference's and gold at most 0.05 points below it, and detailed "
     "answers with at least 80 % of the reference's steps. Changes are end minus reference; the "
-    "batch is one of the run that the arm repairs, its answers priced and credited anew."
+    "batch is one of the run that the arm repairs, its answers priced and credited anew. The "
+    "remedies' own settings (weights, caps, prices) were chosen while looking at seed 0."
 )
 
 

@@ -30,7 +30,7 @@ from minirlhf.lab.remedy_plots import (
     remedy_table_html,
     verdict,
 )
-from minirlhf.remedy_table import levels, repaired, summarise
+from minirlhf.remedy_table import agreement, repaired, summarise
 
 __all__ = ["RemedyPanel", "forest_figure", "frontier_figure", "push_figure", "remedy_table_html"]
 LOOK = {"reward": (VERMILLION, ""), "KL": (BLUE, "//")}
@@ -166,8 +166,7 @@ class RemedyPanel(Panel):
         self._fault = dict(zip(rows["remedy"], rows["fault"], strict=True))
         if lacking := {*self._fault.values()} - {*self._fault}:
             raise ValueError(f"rows lack {', '.join(sorted(lacking))}, which other arms change")
-        signs = levels(rows)
-        self._agrees = dict(zip(signs["remedy"], signs["agrees"], strict=True))
+        self._moved = {row["remedy"]: row for row in agreement(rows).to_dict("records")}
         self._rows = {str(name): of for name, of in rows.groupby("remedy")}
         self.said = {name: self._sentence(name) for name in self._fault}
         arms = [name for names in by_place(rows).values() for name in names]
@@ -236,12 +235,13 @@ class RemedyPanel(Panel):
         fault, mean = self._fault[name], self._table["mean"]
         ended, before = (f"{mean.at[n, 'brief_verbose_rate']:.0%}" for n in (name, fault))
         end = f"In the end {ended} of its answers to brief prompts are verbose"
-        if name in self._agrees:
-            then = f"{self._rows[name]['verbose_then'].astype(float).mean():.0%}"
-            way = "as the push says" if self._agrees[name] else "against the push"
-            end += f", {_way(ended, then)} {then} in the policy of that batch, {way}"
+        then = self._rows[name]["verbose_then"].astype(float).mean()
+        if not np.isnan(then):
+            end += f", {_way(ended, f'{then:.0%}')} {then:.0%} in the policy of that batch"
         if fault != name:
-            end += f" (the run before the change ends with {before})"
+            end += f" (before the change: {before})"
+        if name in self._moved:
+            end += f"; {_moved(self._moved[name])}"
         return f"{self._pushed(name)}. {end}. Two-sided test: {verdict(self._test.loc[name])}."
 
     def _pushed(self, name: str) -> str:
@@ -258,6 +258,15 @@ class RemedyPanel(Panel):
         )
         more += ", the same policy answering anew" if self._rows[name]["anew"].any() else ""
         return f"The push on verbose {turn} ({b:+.3f} to {a:+.3f} nats a step{more})"
+
+
+def _moved(row: Mapping[str, Any]) -> str:
+    """What the change of the push foretold of the length, and what came."""
+    if not row["told"]:
+        return "that they are shorter or longer than before the change, these seeds do not tell"
+    way = "longer" if row["moved"] > 0 else "shorter"
+    says = "as the change of the push says" if row["agrees"] else "against the change of the push"
+    return f"they are {abs(row['moved']):.1f} tokens {way} than before the change, {says}"
 
 
 def _sign(x: float) -> str:

@@ -173,11 +173,13 @@ def _ratio_axis(ax: Axes) -> None:
 def frontier_figure(rows: pd.DataFrame) -> Figure:
     """Gold against the distance that was gone, sqrt(KL): every arm's mean with both intervals.
 
-    Brief and detailed prompts apart. Numbers name the arms; the KL of best of n is a bound.
+    Brief and detailed prompts apart. Numbers name the arms, the default run has a ring, and the
+    KL of best of n is a bound. Left out: the faults, which go much farther.
     """
     places, each = by_place(rows), measured(rows)
+    places.pop("a fault", None)
     order = [name for arms in places.values() for name in arms]
-    figure = blank(14.6, 6.2, wspace=0.03)
+    figure = blank(14.6, 7.2, wspace=0.03)
     axes: Any = figure.subplots(1, 3, width_ratios=(1, 1, 1))
     _key(axes[2], places, order)
     found = {s: [_point(each[each["remedy"].isin([n])], s) for n in order] for s in STRATA}
@@ -187,11 +189,12 @@ def frontier_figure(rows: pd.DataFrame) -> Figure:
         ax.axhline(0, color=INK, lw=1)
         for name, (x, y) in zip(order, points, strict=True):
             color, marker = PLACES[about(name).acts]
-            big = {"ms": 16, "mec": INK} if name == "none" else {"ms": 8, "mec": "white"}
-            big |= {"mfc": "white", "mec": color} if name == "best_of_n" else {}
+            look = {"mfc": "white", "mec": color} if name == "best_of_n" else {"mec": "white"}
             ax.plot([x["low"], x["high"]], [y["mean"]] * 2, color=color, lw=1, alpha=0.6)
             ax.plot([x["mean"]] * 2, [y["low"], y["high"]], color=color, lw=1, alpha=0.6)
-            ax.plot(x["mean"], y["mean"], marker, color=color, **big)
+            ax.plot(x["mean"], y["mean"], marker, color=color, ms=9, **look)
+            if name == "none":
+                ax.plot(x["mean"], y["mean"], "o", mfc="none", mec=INK, mew=1.5, ms=24)
         ax.set_xlim(left=0)
     figure.draw_without_rendering()
     for ax, points in zip(axes, found.values(), strict=False):
@@ -230,13 +233,18 @@ def _key(ax: Axes, places: Mapping[str, Sequence[str]], order: Sequence[str]) ->
 
 
 def _number(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
-    """Number the points where there is room, the nearest first; a leader where it is far."""
-    at = ax.transData.transform(points)
+    """Number the points where there is room, the nearest first; a leader where it is far. Points
+    that are one, as of arms that end in the same runs, have one label."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for i, point in enumerate(points):
+        names.setdefault(point, []).append(str(i + 1))
+    at = ax.transData.transform([*names])
     taken = [(x, y, 6.0, 6.0) for x, y in at]  # middle and half widths, pixels
     turns = np.linspace(0.5, 2.5, 16, endpoint=False) * np.pi
     places = [(r * np.cos(a), r * np.sin(a)) for r in range(15, 130, 9) for a in turns]
-    for i, (x, y) in enumerate(at):
-        half = (6.0 if i < 9 else 9.0, 8.0)
+    for (x, y), (point, numbers) in zip(at, names.items(), strict=True):
+        text = ", ".join(numbers)
+        half = (2.0 + 3.6 * len(text), 8.0)
         boxes = [(x + dx, y + dy, *half) for dx, dy in places]
         inside = [b for b in boxes if all(ax.bbox.contains(b[0] + w, b[1]) for w in (-9, 9))]
         box = next((b for b in inside if not any(_overlap(b, t) for t in taken)), boxes[0])
@@ -246,7 +254,7 @@ def _number(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
         look: Any = {"ha": "center", "va": "center", "fontsize": 10}
         look |= {"bbox": {"fc": "white", "lw": 0, "alpha": 0.7, "pad": 0.5}}
         look |= {"arrowprops": leader} if np.hypot(dx, dy) > 13 else {}
-        ax.annotate(f"{i + 1}", points[i], (dx, dy), textcoords="offset points", **look)
+        ax.annotate(text, point, (dx, dy), textcoords="offset points", **look)
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
