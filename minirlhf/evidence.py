@@ -202,7 +202,7 @@ def run_remedies(
         stack(name, base)  # one that is no arm is refused before any run
     fault = {name: REMEDIES[name].fault if name in REMEDIES else "none" for name in names}
     logging = {"none", *fault.values(), *(name for name in names if name in FAULTS)}
-    fault |= {name: name for name in logging}
+    fault |= {name: name for name in sorted(logging)}
     run_cells(cells(logging), base, out, workers, report, keep_batch=True)
     trained = {name for name in fault if name in logging or not _is_default(name, base)}
     rows, _ = run_cells(cells(trained), base, out, workers, report)
