@@ -75,7 +75,8 @@ def _measures() -> list[Measure]:
         units[f"fork_{side}"] = (f"advantage at the fork, {side}", "sd of advantages")
         units[f"push_{side}"] = (f"push on {side}", "nats a step")
         units |= {f"push_{side}_{p}": (f"push on {side}, {p}", "nats a step") for p in PARTS}
-    return found + [Measure(k, *v, _plain(k)) for k, v in units.items()]
+    digits = {k: 3 if k.startswith("push") else 2 for k in units}  # a push is a few hundredths
+    return found + [Measure(k, *v, _plain(k), digits[k]) for k, v in units.items()]
 
 
 MEASURES = {m.name: m for m in _measures()}
