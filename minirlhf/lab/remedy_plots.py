@@ -31,16 +31,16 @@ from minirlhf.remedy_table import (
 
 ZONE = {"color": GREEN, "alpha": 0.13, "lw": 0}
 FOREST = {  # measure -> title, unit and direction, level of no change, target zone
-    "brief_length_ratio": ("brief: length", "times the reference's", 1, (1 - LENGTH, 1 + LENGTH)),
-    "brief_gold_change": ("brief: gold", "change in points (better →)", 0, (GOLD, 9)),
-    "detailed_steps_kept": ("detailed: steps", "times the reference's (better →)", 1, (STEPS, 9)),
-    "brief_hedged_change": ("brief: hedging", "change of the share (← better)", 0, None),
+    "brief_length_ratio": ("brief: length", "times reference", 1, (1 - LENGTH, 1 + LENGTH)),
+    "brief_gold_change": ("brief: gold", "points, change (better →)", 0, (GOLD, 9)),
+    "detailed_steps_kept": ("detailed: steps", "times reference (better →)", 1, (STEPS, 9)),
+    "brief_hedged_change": ("brief: hedging", "share, change (← better)", 0, None),
 }
 PLACES = {  # where a remedy acts -> colour and marker
     "no change": (INK, "X"), "labelers": (INK, "P"), "a fault": (GREY, "X"),
     "pairs": (BLUE, "o"), "RM loss": (VERMILLION, "s"), "reward": (GREEN, "D"),
     "KL": (ORANGE, "^"), "advantage": (PURPLE, "v"), "update": (GREY, "h"),
-    "two at once": (BLUE, "*"), "instead of PPO": (VERMILLION, "p"),
+    "two at once": (BLUE, ">"), "instead of PPO": (VERMILLION, "p"),
 }  # fmt: skip
 BESIDES = {  # arms that are no remedies: title and place
     "none": ("the default run", "no change"),
@@ -194,9 +194,10 @@ def frontier_figure(rows: pd.DataFrame) -> Figure:
             ax.plot([x["mean"]] * 2, [y["low"], y["high"]], color=color, lw=1, alpha=0.6)
             ax.plot(x["mean"], y["mean"], marker, color=color, ms=9, **look)
             if name == "none":
-                ax.plot(x["mean"], y["mean"], "o", mfc="none", mec=INK, mew=1.5, ms=24)
+                ax.plot(x["mean"], y["mean"], "o", mfc="none", mec=INK, mew=1.5, ms=24, zorder=9)
         ax.set_xlim(left=0)
     figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # labels are placed on what stands still
     for ax, points in zip(axes, found.values(), strict=False):
         _number(ax, [(x["mean"], y["mean"]) for x, y in points])
     said = dict(zip(order, found["brief"], strict=True))
