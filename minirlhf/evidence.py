@@ -37,7 +37,6 @@ from minirlhf.sweep import Cell, Row, run_cells, workplace
 from minirlhf.whatif import follow
 from minirlhf.workers import Report, Workers, run_jobs
 
-NO_PUSH = ("dpo", "best_of_n")
 STACKS = ("counterfactual_length+covariate", "matched+larger_beta")
 EVERY_ARM = (*REMEDIES, "fair", *STACKS)
 FORK = CLASSES.index("fork")
@@ -190,8 +189,9 @@ def run_remedies(
 ) -> list[Row]:
     """One row for each of these arms and seeds: what it does to the logged batch, what came of it.
 
-    The default run and the runs with a fault come first, for their batches. An arm that repairs a
-    fault into the default run is not trained again. Resumable, as run_cells is.
+    The default run and the runs with a fault come first, for their batches, which lie in `out`: on
+    several machines it must be a common disk. An arm that repairs a fault into the default run is
+    not trained again. Resumable, as run_cells is.
     """
 
     def cells(arms: Iterable[str]) -> list[Cell]:
@@ -203,10 +203,11 @@ def run_remedies(
     fault = {name: REMEDIES[name].fault if name in REMEDIES else "none" for name in names}
     logging = {"none", *fault.values(), *(name for name in names if name in FAULTS)}
     fault |= {name: name for name in sorted(logging)}
+    _forget_without_batch(cells(logging), out)
     run_cells(cells(logging), base, out, workers, report, keep_batch=True)
     trained = {name for name in fault if name in logging or not _is_default(name, base)}
     rows, _ = run_cells(cells(trained), base, out, workers, report)
-    learners = cells(set(fault) - set(NO_PUSH))
+    learners = cells(n for n in fault if stack(n, base).rules.policy is None)
     batches = [replace(c, remedy=fault[c.remedy]) for c in learners]
     both = zip(learners, batches, strict=True)
     tasks = {c.key: (push_cell, (c, logged, base, out)) for c, logged in both}
@@ -214,11 +215,17 @@ def run_remedies(
     ended = {(row["remedy"], row["seed"]): row for row in rows}
     pushed = {(row["remedy"], row["seed"]): row for row in pushes.values()}
     found = []
-    for name, seed in itertools.product(fault, seeds):
-        end = ended[name if name in trained else "none", seed]
-        also = {**pushed.get((name, seed), {}), "remedy": name, "fault": fault[name]}
-        found.append({**end, **also})
+    for name, s in itertools.product(fault, seeds):
+        end = ended[name if name in trained else "none", s]
+        found.append({**end, **pushed.get((name, s), {}), "remedy": name, "fault": fault[name]})
     return found
+
+
+def _forget_without_batch(cells: Sequence[Cell], out: Path) -> None:
+    """A sweep without remedies may have run these cells, and kept no batch."""
+    for cell in cells:
+        if not (out / "batches" / cell.key / "batch.json").exists():
+            (out / "done" / "runs" / f"{cell.key}.json").unlink(missing_ok=True)
 
 
 def _is_default(name: str, base: DriftConfig) -> bool:

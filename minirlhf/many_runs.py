@@ -132,7 +132,7 @@ def seeds(options: SeedsRun) -> int:
 
     wanted = [*range(options.seeds), *range(FRESH, FRESH + options.fresh)]
     base, workers = DriftConfig(), Workers(jobs=options.jobs)
-    claim(options.parts, base, resume=options.resume)
+    claim(options.parts, base, resume=options.resume, dials={})
     with _bars() as report:
         done = run_seeds(base, wanted, options.parts / "done", workers, report("runs"))
     tuned, fresh = ([s for s in done if (s["seed"] >= FRESH) == new] for new in (False, True))
@@ -157,7 +157,7 @@ def sweep(options: Any) -> int:
 
     base = options.config.quick() if options.quick else options.config
     cells = options.grid.cells(base)
-    claim(options.out, base, resume=options.resume)
+    claim(options.out, base, options.grid.remedy, resume=options.resume)
     with _bars() as report:
         rows, _ = run_cells(cells, base, options.out, options.workers, report)
     table = pd.DataFrame(rows)
@@ -186,7 +186,7 @@ def remedies(options: RemediesRun) -> int:
 
     base = DriftConfig(steps=options.steps)
     base = base.quick() if options.quick else base
-    claim(options.out, base, resume=options.resume)
+    claim(options.out, base, options.arms or EVERY_ARM, resume=options.resume)
     given = (options.arms or EVERY_ARM, range(options.seeds), base, options.out, options.workers)
     with _bars() as report:
         rows = pd.DataFrame(run_remedies(*given, report))

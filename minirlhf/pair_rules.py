@@ -1,11 +1,13 @@
 """What a remedy can do to the pairs: which of them are ranked, and which are added.
 
 Each rule takes the training pairs, the run and a generator, and gives back pairs; none of them
-looks at gold. A label is one person's vote, so a tie is a vote drawn at random: its expected
-gradient is that of a tie, -1/2 log sigma(d) - 1/2 log sigma(-d).
+reads a gold column. Twins are written anew, as a careful writer would: right answers to fresh
+prompts. How sure annotators were (`ties`) is the simulation's own probability of a label. A label
+is one person's vote, so a tie is a vote drawn at random: its expected gradient is that of a tie,
+-1/2 log sigma(d) - 1/2 log sigma(-d).
 Left out: which of them is worth trying, and on what evidence (remedies.py).
 
-Sources: Singhal et al. (2023, arXiv 2310.03716, section 4) for balancing; Liu et al. (2024, arXiv
+Sources: Singhal et al. (2023, arXiv 2310.03716) for balancing; Liu et al. (2024, arXiv
 2409.13156, section 3) for answers to other prompts; Lin et al. (2024, arXiv 2406.04770) for ties.
 """
 
@@ -107,7 +109,7 @@ def _against(mine: Pairs, theirs: Pairs) -> Pairs:
 
 
 def ties(pairs: Pairs, run: "Upstream", rng: np.random.Generator) -> Pairs:
-    """A slight preference for the longer answer counts as a tie."""
+    """A slight preference for the longer answer, however little longer, counts as a tie."""
     return _tied(pairs, (_longer(pairs) > 0) & (pairs.p_label < SLIGHT), rng)
 
 

@@ -7,8 +7,12 @@ recipe, so two of them stack by calling one after the other, and what one change
 Left out: the run (drift.py) and the remedies themselves.
 """
 
+import hashlib
+import inspect
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +22,7 @@ from minirlhf.drift_config import DriftConfig
 from minirlhf.ppo import Scorer
 from minirlhf.preferences import Pairs
 from minirlhf.reward import train_reward
+from minirlhf.store import plain
 
 if TYPE_CHECKING:
     from minirlhf.drift import Drift
@@ -72,3 +77,22 @@ def changed(before: Recipe, after: Recipe) -> set[str]:
     for a, b in ((before.rules, after.rules), (before.config, after.config)):
         found |= {f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
     return found
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of the settings and of what every rule does: its source, its options, and what it has
+    from around it. Two recipes with one fingerprint make the same runs."""
+
+    def told(rule: Any) -> Any:
+        if isinstance(rule, tuple):
+            return [told(each) for each in rule]
+        if isinstance(rule, partial):
+            return [told(rule.func), {k: told(v) for k, v in rule.keywords.items()}]
+        if callable(rule):
+            around = [told(cell.cell_contents) for cell in getattr(rule, "__closure__", ()) or ()]
+            return [inspect.getsource(rule), around]
+        return repr(rule)
+
+    rules = {f.name: told(getattr(recipe.rules, f.name)) for f in fields(recipe.rules)}
+    text = json.dumps([plain(asdict(recipe.config)), rules], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minirlhf import pair_rules, score_rules
 from minirlhf.debias import fit_odin, fit_with_covariates, length_difference
-from minirlhf.dpo import DPOConfig, train_dpo
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
+from minirlhf.instead import USES, choose_best, learn_directly
 from minirlhf.preferences import Pairs
-from minirlhf.recipe import Recipe
+from minirlhf.recipe import Recipe, changed
 
 Change = Callable[[Recipe], Recipe]
 Place = Literal["pairs", "RM loss", "reward", "KL", "advantage", "update", "instead of PPO"]
@@ -123,31 +122,9 @@ def early_stop(recipe: Recipe) -> Recipe:
     return recipe.rule(stop=too_far)
 
 
-def learn_directly(run: Drift) -> None:
-    """DPO on the run's own pairs, from the reference."""
-    run.audit(run.reference, 0)
-    pairs = run.ruled(run.preferences.train).to(run.device)
-    given = (run.ppo.policy, run.reference, pairs, DPOConfig())
-    train_dpo(*given, generator=run.generator("dpo"))
-    run.audit(run.ppo.policy, run.config.steps)
-
-
 def dpo(recipe: Recipe) -> Recipe:
     """No reward model and no PPO: the pairs move the policy."""
     return recipe.rule(policy=learn_directly)
-
-
-def choose_best(run: Drift, *, n: int = 16) -> None:
-    """The best of `n` answers of the reference by the reward model, for every probe."""
-    auditor = run.auditor
-    run.audit(run.reference, 0)
-    seeds = [run.stream(f"best of n {i}") for i in range(n)]
-    drawn = [auditor.sample(run.reference, seed)[:2] for seed in seeds]
-    rated = torch.stack([run.reward_model.score(auditor.prompts, *each) for each in drawn])
-    best, rows = rated.argmax(0), torch.arange(rated.shape[1], device=rated.device)
-    said, mask = (torch.stack(part)[best, rows] for part in zip(*drawn, strict=True))
-    bound = np.log(n) - (n - 1) / n  # Beirami et al. (2024, arXiv 2401.01879): KL is at most this
-    run.audit((said, mask, torch.full_like(rated[0], bound)), run.config.steps)
 
 
 def best_of_n(recipe: Recipe) -> Recipe:
@@ -158,14 +135,19 @@ def best_of_n(recipe: Recipe) -> Recipe:
 def stack(names: str, config: DriftConfig) -> Recipe:
     """The recipe of one arm, or of several joined by "+", first to last.
 
-    Raises ValueError for a name that is no arm. What repairs a fault does not ask whether the
-    fault is there.
+    Raises ValueError for a name that is no arm, and for a stack of which a part would do nothing.
+    What repairs a fault does not ask whether the fault is there.
     """
     recipe, wanted = Recipe(config), names.split("+")
     for name in wanted:
         if name not in ARMS:
             raise ValueError(f"no remedy {name!r}: there are {', '.join(sorted(ARMS))}")
         recipe = ARMS[name](recipe)
+    policy, parts = recipe.rules.policy, changed(Recipe(config), recipe)
+    if policy is not None and (idle := parts - USES[policy] - {"policy"}):
+        raise ValueError(f"{names}: what is done in place of PPO makes no use of {sorted(idle)}")
+    if recipe.rules.prices is not None and recipe.config.ppo.kl_place != "reward":
+        raise ValueError(f"{names}: prices for prompts need kl_place reward")
     left = tuple(name for name in wanted if name != "none")
     return Recipe(recipe.config, recipe.rules, left)
 
@@ -180,20 +162,20 @@ REMEDIES: dict[str, Remedy] = {
     # ------------------------------------------------------------ which pairs are ranked
     "balanced": Remedy(
         "as many long winners as short ones", pairs(pair_rules.balance), "pairs",
-        "keep pairs until P(longer wins) = 1/2", "drops pairs; halves a length slope only",
-        "Singhal et al. 2023, arXiv 2310.03716, section 4",
+        "keep pairs until P(longer wins) = 1/2", "drops pairs; lowers a slope only",
+        "Singhal et al. 2023, arXiv 2310.03716",
     ),
     "matched_length": Remedy(
         "the same within bins of |length difference|", pairs(pair_rules.match, hedges=False),
         "pairs", "P(longer wins | bin of |dlen|, stratum) = 1/2",
         "drops more pairs; blind to the second axis",
-        "Singhal et al. 2023, arXiv 2310.03716, section 4",
+        "Singhal et al. 2023, arXiv 2310.03716",
     ),
     "matched": Remedy(
         "the same within bins of |length difference| and of hedging", pairs(pair_rules.match),
         "pairs", "P(longer wins | bin of |dlen|, stratum, who hedges) = 1/2",
         "drops most pairs; needs a detector of hedges",
-        "Singhal et al. 2023, arXiv 2310.03716, section 4; two axes are ours",
+        "Singhal et al. 2023, arXiv 2310.03716; two axes are ours",
     ),
     "equal_style": Remedy(
         "only pairs of equal length and hedging", pairs(pair_rules.equal), "pairs",
@@ -282,7 +264,7 @@ REMEDIES: dict[str, Remedy] = {
     "length_penalty": Remedy(
         "a price on tokens", scores(score_rules.length_penalty), "reward",
         "r - 0.08 |y|", "taxes deserved length; to be set anew for every reward model",
-        "Singhal et al. 2023, arXiv 2310.03716, section 4",
+        "Singhal et al. 2023, arXiv 2310.03716",
     ),
     "soft_overlong": Remedy(
         "a price on the last sixteen tokens before the cap", scores(score_rules.soft_overlong),
@@ -306,7 +288,7 @@ REMEDIES: dict[str, Remedy] = {
         "ours, from the tilt's largest move",
     ),
     "early_stop": Remedy(
-        "stop at 2 nats", early_stop, "update",
+        "stop after the first batch beyond 2 nats", early_stop, "update",
         "no step once KL > 2", "stops what was wanted as well",
         "Gao et al. 2022, arXiv 2210.10760: proxy and gold over distance",
     ),

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from minirlhf.desk import STRATA
-from minirlhf.evidence import NO_PUSH, PARTS
+from minirlhf.evidence import PARTS
 from minirlhf.remedies import ARMS, REMEDIES
 
 Column = Callable[[pd.DataFrame], pd.Series]
@@ -131,7 +131,7 @@ def agreement(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for remedy, of in rows.groupby("remedy", sort=False):
         fault = of["fault"].iloc[0]
-        if remedy == fault or remedy in NO_PUSH:
+        if remedy == fault or of["push_verbose"].isna().all():
             continue
         pair = of.merge(rows[rows["remedy"] == fault], on="seed", suffixes=("", "_before"))
         push, end = ((pair[k] - pair[f"{k}_before"]).astype(float).to_numpy() for k in PREDICTED)
@@ -147,7 +147,7 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
     the remedied run will end. remedy; push, nats a step; moved: verbose share of brief answers at
     the end minus that of the logged policy, with its interval; told and agrees as in agreement.
     """
-    of = rows[~rows["remedy"].isin(NO_PUSH) & rows["push_verbose"].notna()]
+    of = rows[rows["push_verbose"].notna()]
     of = of.assign(step=of["final_brief_verbose_rate"] - of["verbose_then"])
     found = []
     for remedy, seeds in of.groupby("remedy", sort=False):
@@ -167,10 +167,15 @@ SHOWN += ("rm_score_sd", "kl_nats")
 AT_BATCH = ("gap_score", "gap_cost", "gap_effective", "fork_verbose", "fork_concise")
 AT_BATCH += ("push_verbose", "push_concise", "gap_courtesy_brief_sd", "gap_hedge_brief_sd")
 NOTE = (
-    "Means over runs, with a 95 % Student t interval over seeds. *Repaired*: on brief prompts the "
-    "length within 30 % of the reference's and gold at most 0.05 points below it, and detailed "
-    "answers with at least 80 % of the reference's steps. Changes are end minus reference; the "
-    "batch is one of the run that the arm repairs, its answers priced and credited anew. The "
+    "Means over runs, with a 95 % Student t interval over seeds (a share's interval may leave [0, "
+    "1]: where seeds fall into two camps the mean describes none of them). *Repaired*: on brief "
+    "prompts the length within 30 % of the reference's and gold at most 0.05 points below it, and "
+    "detailed answers with at least 80 % of the reference's steps; their gold and hedging stand "
+    "beside it. Changes are end minus reference. The batch is one of the run that the arm repairs, "
+    "its answers priced and credited anew (rloo, dr_grpo: drawn anew from the same policy). A "
+    "reward sd is each reward model's own; par's scores lie in [0, 1]. The KL of best_of_n is an "
+    "upper bound. The twins bring as many pairs again, without label noise, and so twice the "
+    "reward model's steps; balanced, matched and equal_style take away pairs and steps. The "
     "remedies' own settings (weights, caps, prices) were chosen while looking at seed 0."
 )
 
@@ -204,12 +209,17 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         blocks += [f"## {title}", _table(("arm", "repaired", *heads), lines)]
     told, bold = signs[signs["told"]], levels(rows)
     blocks += ["## Push against outcome"]
+    rank = stats.spearmanr(signs["push"], signs["moved"]).statistic
+    bold = bold[bold["told"]]
     said = (
-        f"Of {len(signs)} remedies with a push, {len(told)} change the length of brief answers by "
+        f"Of {len(signs)} arms with a push, {len(told)} change the length of brief answers by "
         f"an amount whose interval excludes zero; in {int(told['agrees'].sum())} of those the push "
         "on verbose answers changes in the same direction. (Both against the arm that is repaired, "
-        "paired by seed.) The bolder reading, that the sign of the push itself says on which side "
-        f"of the logged policy the run ends, holds for {int(bold['agrees'].sum())} of {len(bold)}."
+        f"paired by seed.) {int((told['moved'] < 0).sum())} of them end shorter, so that a "
+        "constant answer does as well: what the push adds is the order, a rank correlation of "
+        f"{rank:.2f} over all {len(signs)}. The bolder reading, that the sign of the push itself "
+        "says on which side of the logged policy the run ends, was tried first; it holds for "
+        f"{int(bold['agrees'].sum())} of the {len(bold)} arms whose side is told."
     )
     blocks.append(said)
     yes, lines = {True: "yes", False: "no"}, []

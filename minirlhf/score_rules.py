@@ -56,7 +56,8 @@ def centred(scorer: Scorer, run: "Drift") -> Scorer:
 
 
 def par(scorer: Scorer, run: "Drift") -> Scorer:
-    """sigma(r - b(x)): a gap of g counts as g/4 at most, and less the better the answer."""
+    """sigma(r - b(x)), b the mean score of the reference's answers (the paper averages sigmas over
+    reference answers instead): a gap of g counts as g/4 at most, and less the better the answer."""
     against = centred(scorer, run)
     return lambda *given: against(*given).sigmoid()
 
@@ -97,8 +98,9 @@ def calibrated(scorer: Scorer, run: "Drift") -> Scorer:
 def ensemble(
     how: Literal["mean", "min", "uwo"], *, members: int = 3, penalty: float = 0.5
 ) -> Callable[[Scorer, "Drift"], Scorer]:
-    """The rule that scores by several reward models, trained on resampled pairs in other orders:
-    their mean, their minimum, or the mean minus `penalty` times their variance (uwo)."""
+    """The rule that scores by several reward models, the ordinary one and others trained on its
+    pairs resampled and in another order: their mean, their minimum, or the mean minus `penalty`
+    times their variance (uwo)."""
 
     def rule(scorer: Scorer, run: "Drift") -> Scorer:
         others: list[RewardModel] = [run.member(number) for number in range(1, members)]

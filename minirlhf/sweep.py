@@ -10,12 +10,13 @@ Results are written by the caller alone, so workers elsewhere need no common dis
 processes run them (workers.py), and what a remedy does to one batch (evidence.py).
 """
 
+import hashlib
 import itertools
 import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,10 +26,10 @@ import torch
 
 from minirlhf import __version__
 from minirlhf.audit import mean_or_nan
-from minirlhf.desk import STRATA
+from minirlhf.desk import STRATA, Desk
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
-from minirlhf.recipe import Recipe, changed
+from minirlhf.recipe import Recipe, changed, fingerprint
 from minirlhf.remedies import ARMS, stack
 from minirlhf.store import StoreError, plain, read_json, write_atomic, write_json, write_table
 from minirlhf.upstream import Upstream
@@ -76,9 +77,17 @@ class Cell:
 
     def upstream(self, base: DriftConfig) -> str:
         """The name of what it shares with other cells: its pairs and its reward model."""
-        plain_ = replace(self, remedy="none").recipe(base)
-        acts = [n for n in self.remedy.split("+") if changed(plain_, ARMS[n](plain_)) & UPSTREAM]
-        return f"{'+'.join(acts) or 'none'}_bias{self.length_bias:g}_seed{self.seed}"
+        return f"{self._acting(base, UPSTREAM)}_bias{self.length_bias:g}_seed{self.seed}"
+
+    def reference(self, base: DriftConfig) -> str:
+        """The name of the reference that it shares."""
+        return f"{self._acting(base, {'sft'})}_seed{self.seed}"
+
+    def _acting(self, base: DriftConfig, on: set[str]) -> str:
+        """Those of its remedies that act on one of these, joined."""
+        usual = replace(self, remedy="none").recipe(base)
+        names = (n for n in self.remedy.split("+") if changed(usual, ARMS[n](usual)) & on)
+        return "+".join(names) or "none"
 
 
 @dataclass(frozen=True)
@@ -110,21 +119,41 @@ class Grid:
         return found
 
 
-def claim(out: Path, base: DriftConfig, *, resume: bool) -> None:
-    """Say whose folder it is. Raises StoreError if it holds a sweep with other settings (the dials
-    of its grid apart), or one and resume is False."""
+DIALS = {"ppo": ("beta", "clip"), "preferences": ("length_bias",)}  # named by a cell's key
+
+
+def claim(
+    out: Path,
+    base: DriftConfig,
+    arms: Iterable[str] = (),
+    *,
+    resume: bool,
+    dials: Mapping[str, Sequence[str]] = DIALS,
+) -> None:
+    """Say whose folder it is: version, desk, settings (but for `dials`, which keys name), and what
+    each of the arms does. Raises StoreError if it holds others, or a sweep and resume is False."""
     settings = plain(asdict(replace(base, seed=0)))
-    for part, dials in {"ppo": ("beta", "clip"), "preferences": ("length_bias",)}.items():
-        settings[part] = {k: v for k, v in settings[part].items() if k not in dials}
-    path, wanted = out / "sweep.json", {"version": __version__, "settings": settings}
+    for part, names in dials.items():
+        settings[part] = {k: v for k, v in settings[part].items() if k not in names}
+    desk = json.dumps(plain(asdict(Desk.load().spec)), sort_keys=True)
+    wanted: Row = {"version": __version__, "settings": settings}
+    wanted["desk"] = hashlib.sha256(desk.encode()).hexdigest()[:16]
+    known = {name: fingerprint(stack(name, DriftConfig())) for name in sorted(set(arms))}
+    path = out / "sweep.json"
     if path.exists() and not resume:
         raise StoreError(f"{out} already holds a sweep; add --resume or choose another --out")
-    if path.exists() and read_json(path) != wanted:
-        raise StoreError(
-            f"{out} holds a sweep with other settings (see {path}); give the same ones to resume "
-            "it, or choose another --out"
-        )
-    write_json(path, wanted)
+    if path.exists():
+        held = read_json(path)
+        earlier = held.pop("arms", {})
+        changed_ = [name for name in known if earlier.get(name, known[name]) != known[name]]
+        if held != wanted or changed_:
+            what = f"another {', '.join(changed_)}" if changed_ else "other settings"
+            raise StoreError(
+                f"{out} holds a sweep with {what} (see {path}); give the same to resume it, or "
+                "choose another --out"
+            )
+        known = earlier | known
+    write_json(path, {**wanted, "arms": known})
 
 
 def run_cells(
@@ -142,7 +171,7 @@ def run_cells(
     keep_batch: the mid-run batch of every cell stays in out/batches, with the run before it.
     Raises workers.JobsFailed when cells keep failing: the tables then hold the others.
     """
-    first = {f"seed{cell.seed}": cell for cell in reversed(cells)}
+    first = {cell.reference(base): cell for cell in reversed(cells)}
     trained = {cell.upstream(base): cell for cell in reversed(cells)}
     for stage, make, wanted in (
         ("references", make_reference, first),
@@ -177,7 +206,7 @@ def workplace(cell: Cell, base: DriftConfig, out: Path, name: str) -> Iterator[D
     once the run is over. What it trained itself stays behind for the others."""
     folder, recipe = out / "work" / name, cell.recipe(base)
     shared = out / "shared" / cell.upstream(base)
-    places = {"reference": out / "shared" / f"reference_seed{cell.seed}.safetensors"}
+    places = {"reference": out / "shared" / f"reference_{cell.reference(base)}.safetensors"}
     places |= {part: shared / f"{part}.safetensors" for part in SHARED[1:]}
     for part, place in places.items():
         _copy(place, folder / f"{part}.safetensors")
@@ -195,7 +224,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def make_reference(cell: Cell, base: DriftConfig, out: Path) -> bool:
     """Trains the reference of the cell's seed, for all cells of that seed."""
-    with workplace(cell, base, out, f"reference_seed{cell.seed}") as run:
+    with workplace(cell, base, out, f"reference_{cell.reference(base)}") as run:
         run.make_reference()
     return True
 

@@ -1058,7 +1058,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the worst of n",
-        "remedies.py",
+        "instead.py",
         "rated.argmax(0)",
         "rated.argmin(0)",
         "test_remedies.py::test_the_best_of_n_has_the_highest_score_of_its_draws",

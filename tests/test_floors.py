@@ -26,6 +26,7 @@ FLOORS = {
         "spurious",
         "monitor",
         "recipe",
+        "instead",
         "upstream",
         "pair_rules",
         "score_rules",

@@ -103,13 +103,20 @@ def test_levels_ask_for_the_side_of_the_logged_policy():
         for name, (push, end) in ends.items()
         for s in range(3)
     ]
-    found = levels(pd.DataFrame([*rows, row("dpo", 0)])).set_index("remedy")
+    found = levels(pd.DataFrame([*rows, row("dpo", 0, push_verbose=np.nan)])).set_index("remedy")
     assert found["agrees"].to_dict() == {"none": True, "matched": True, "larger_beta": False}
     assert found.loc["none", "moved"] == pytest.approx(0.51) and found["told"].all()
 
 
 def test_arms_come_in_the_order_of_the_remedies_and_stacks_last():
-    rows = pd.DataFrame([row(n, s) for n in ("matched+larger_beta", "par", "none") for s in (0, 1)])
+    ends = {"matched+larger_beta": (0.1, 9.0), "par": (0.3, 20.0), "none": (0.2, 30.0)}
+    rows = pd.DataFrame(
+        [
+            row(n, s, push_verbose=ends[n][0], final_brief_length_tokens=ends[n][1] + s)
+            for n in ends
+            for s in (0, 1)
+        ]
+    )
     assert list(dict.fromkeys(summarise(rows)["remedy"])) == ["none", "par", "matched+larger_beta"]
     cell = wide(rows, ["brief_gold_change"]).loc["par", "brief_gold_change"]
     assert cell == "+0.00 [+0.00, +0.00]"

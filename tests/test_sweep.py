@@ -199,3 +199,43 @@ def test_the_command_line_sweeps_and_goes_on(tmp_path, capsys):
     assert main(line) == 1 and "add --resume" in capsys.readouterr().err
     assert main([*line, "--resume", "--grid.seed", "0", "1"]) == 0
     assert len(tables(tmp_path / "s")[0]) == 4
+
+
+def test_a_folder_refuses_a_remedy_that_has_changed_but_takes_new_ones(tmp_path, monkeypatch):
+    from minirlhf import remedies, score_rules
+
+    claim(tmp_path, BASE, ["none", "length_penalty"], resume=False)
+    claim(tmp_path, BASE, ["matched"], resume=True)
+    other = remedies.scores(score_rules.length_penalty, alpha=0.5)
+    monkeypatch.setitem(remedies.ARMS, "length_penalty", other)
+    claim(tmp_path, BASE, ["none", "matched"], resume=True)
+    with pytest.raises(StoreError, match="holds a sweep with another length_penalty"):
+        claim(tmp_path, BASE, ["length_penalty"], resume=True)
+
+
+def test_seeds_name_their_dials_in_the_claim(tmp_path):
+    claim(tmp_path, BASE, resume=False, dials={})
+    with pytest.raises(StoreError, match="other settings"):
+        claim(tmp_path, replace(BASE, ppo=replace(BASE.ppo, beta=0.3)), resume=True, dials={})
+
+
+def test_an_arm_that_changes_the_reference_has_one_of_its_own(monkeypatch):
+    from minirlhf import remedies
+
+    def longer(recipe):
+        sft = replace(recipe.config.sft, steps=12)
+        return replace(recipe, config=replace(recipe.config, sft=sft))
+
+    monkeypatch.setitem(remedies.ARMS, "longer", longer)
+    plain_, own = (Cell(name, 0.07, 0.2, 0.0455, 3) for name in ("none", "longer"))
+    assert plain_.reference(BASE) == "none_seed3" and own.reference(BASE) == "longer_seed3"
+    assert plain_.upstream(BASE) != own.upstream(BASE)
+
+
+@pytest.mark.parametrize(
+    "names", ["dpo+larger_beta", "best_of_n+early_stop", "book_literal+per_stratum_beta"]
+)
+def test_a_stack_of_which_a_part_would_do_nothing_is_refused(names):
+    with pytest.raises(ValueError, match=r"makes no use of|need kl_place reward"):
+        Grid(remedy=(names,)).cells(BASE)
+    Grid(remedy=("dpo+counterfactual", "best_of_n+capped")).cells(BASE)

@@ -82,10 +82,11 @@ class _Band:
 
 
 def _intervals(values: np.ndarray) -> tuple[np.ndarray, ...]:
-    """remedy_table.interval of every row [K, seeds] at once: mean, low, high, each [K]."""
+    """remedy_table.interval of every row [K, seeds] at once: mean, low, high, each [K]; no limits
+    below three values, where they would fill the picture and say nothing."""
     n, mean = (~np.isnan(values)).sum(1), np.nanmean(values, 1)
     error = np.nanstd(values, 1) / np.sqrt(np.maximum(n - 1, 1))
-    half = stats.t.ppf((1 + COVERAGE) / 2, np.maximum(n - 1, 1)) * np.where(n > 1, error, np.nan)
+    half = stats.t.ppf((1 + COVERAGE) / 2, np.maximum(n - 1, 1)) * np.where(n > 2, error, np.nan)
     return mean, mean - half, mean + half
 
 
@@ -184,8 +185,9 @@ class SweepExplorer(Panel):
         (self._run,) = axes[0, 0].plot([], [], color=ORANGE, lw=3, ls="--", label="live run")
         last, top = self._paths["step"].max(), max(48.0, self._paths["length_tokens"].max())
         axes[0, 0].set(xlim=(0, last), ylim=(0, 1.05 * top))
-        pushed = self._paths[[f"advantage_{side}" for side in SIDE]].abs().max().max()
-        ax.set(xlim=(0, last), ylim=(-1.1 * pushed - 1e-9, 1.1 * pushed + 1e-9))
+        sides = self._paths.groupby([*CELL, "step"])[[f"advantage_{side}" for side in SIDE]]
+        pushed = 1.2 * sides.mean().abs().stack().quantile(0.99) + 1e-9  # rare sides are noisy
+        ax.set(xlim=(0, last), ylim=(-pushed, pushed))
         places = zip((axes[1, 0], axes[1, 1], axes[1, 2], axes[0, 2]), ENDS, strict=True)
         betas = self._options["beta"]
         self._ends = [_Ends(ax, column, self._sweep, betas) for ax, column in places]
