@@ -98,12 +98,14 @@ r(concise) down. So the gap of r on brief prompts shrinks and turns, and with it
 beta L: the verbose answers of the batch, which have moved furthest and so pay most, are worth \
 less than the concise ones at every beta above zero. Then A is below zero on their tokens, at the \
 fork where padding begins first of all, and the same step of A grad log pi that raised them lowers \
-them. Beta can stay as it is. A larger beta also turns the sign, but by making every move dear: \
-prompts that deserve length pay the same price per nat, and the reward model still prefers the \
-padded answer.
+them. Beta can stay as it is. A larger beta works on the other term: four times the price also \
+brings the gap of such batches below zero, but it makes every move dear alike, and the reward \
+model still prefers the padded answer. Its runs here end at two and a half times the \
+reference's length. (With matched pairs *and* the larger beta they come back: what counts is the \
+gap over beta.)
 
 Twins must differ in both styles. With courteous twins alone the reward model stops paying for \
-length and still pays for a hedge, and the policy hedges instead. Balancing or matching the pairs \
+length and still pays for a hedge, and the policy goes on hedging. Balancing or matching the pairs \
 that are there by length is weaker: it chooses pairs by who won, which ties length to quality, and \
 its runs here end at about twice the reference's length, with hedges in about half of the answers.
 
