@@ -95,6 +95,11 @@ class Shipped:
         return self._table("sweep", "evidence")
 
     @cached_property
+    def one_axis(self):
+        """The same of arms on a desk whose labelers have no bias for hedges, only for length."""
+        return self._table("one_axis", "evidence")
+
+    @cached_property
     def trajectories(self):
         """One row per cell and PPO step of the shipped sweep, a pandas DataFrame."""
         return self._table("trajectories", "evidence")

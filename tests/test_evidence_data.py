@@ -57,6 +57,16 @@ def test_what_is_said_of_the_repairs_is_in_the_rows():
     assert abs(hedges["counterfactual"]) < 0.1 and abs(hedges["covariate"]) < 0.1
 
 
+def test_with_one_bias_only_matching_still_falls_short():
+    rows = table("one_axis").assign(fault="none")
+    assert (rows.groupby("remedy")["seed"].nunique() == 5).all()
+    assert {json.loads(c)["preferences"]["hedge_bias"] for c in rows["config"]} == {0.0}
+    test: Any = repaired(rows).set_index("remedy")
+    passed = set(test.index[test["repaired"]])
+    assert passed == {"counterfactual_length", "covariate_length"}
+    assert 1.3 < test["brief_length_ratio"]["matched_length"] < test["brief_length_ratio"]["none"]
+
+
 def test_the_push_changes_as_the_outcome_does_in_nine_of_ten():
     signs: Any = agreement(table("remedies"))
     told = signs[signs["told"]]
