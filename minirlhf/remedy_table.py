@@ -82,9 +82,9 @@ def _measures() -> list[Measure]:
 MEASURES = {m.name: m for m in _measures()}
 
 
-def measured(rows: pd.DataFrame) -> pd.DataFrame:
+def measured(rows: pd.DataFrame, names: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
     """remedy, seed, and one column per measure, run by run."""
-    columns = {m.name: m.column(rows).astype(float) for m in MEASURES.values()}
+    columns = {name: MEASURES[name].column(rows).astype(float) for name in names}
     return pd.DataFrame({"remedy": rows["remedy"], "seed": rows["seed"], **columns})
 
 
@@ -96,23 +96,24 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+def summarise(rows: pd.DataFrame, names: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
     """Long: remedy, measure, mean, low, high, n; the arms in the order of remedies.py."""
-    each = measured(rows)
+    each = measured(rows, names)
     order = [name for name in ARMS if name in set(each["remedy"])]
     order += sorted(set(each["remedy"]) - set(order))  # stacks
     found = []
     for remedy in order:
         of = each.loc[each["remedy"] == remedy]
-        for name in MEASURES:
+        for name in names:
             found.append({"remedy": remedy, "measure": name, **interval(of[name].to_numpy())})
     return pd.DataFrame(found)
 
 
 def repaired(rows: pd.DataFrame) -> pd.DataFrame:
     """The two-sided test on the means: remedy, the three figures, and whether each holds."""
-    means = summarise(rows).pivot(index="remedy", columns="measure", values="mean")
-    found = means[["brief_length_ratio", "brief_gold_change", "detailed_steps_kept"]].copy()
+    names = ["brief_length_ratio", "brief_gold_change", "detailed_steps_kept"]
+    means = summarise(rows, names).pivot(index="remedy", columns="measure", values="mean")
+    found = means[names].copy()
     found["length"] = (found["brief_length_ratio"] - 1).abs() <= LENGTH
     found["gold"] = found["brief_gold_change"] >= GOLD
     found["steps"] = found["detailed_steps_kept"] >= STEPS
@@ -182,8 +183,7 @@ NOTE = (
 
 def wide(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """One row an arm, one column a measure, "mean [low, high]" as text."""
-    long = summarise(rows)
-    long = long[long["measure"].isin(names)]
+    long = summarise(rows, names)
     cells = zip(*(long[k] for k in ("measure", "mean", "low", "high")), strict=True)
     found = long.assign(text=[_text(MEASURES[m].digits, *values) for m, *values in cells])
     order = list(dict.fromkeys(found["remedy"]))
