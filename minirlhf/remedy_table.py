@@ -10,7 +10,7 @@ Source: Student (1908), "The probable error of a mean".
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -209,7 +209,7 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         blocks += [f"## {title}", _table(("arm", "repaired", *heads), lines)]
     told, bold = signs[signs["told"]], levels(rows)
     blocks += ["## Push against outcome"]
-    rank = stats.spearmanr(signs["push"], signs["moved"]).statistic
+    ranks: Any = stats.spearmanr(signs["push"], signs["moved"])
     bold = bold[bold["told"]]
     said = (
         f"Of {len(signs)} arms with a push, {len(told)} change the length of brief answers by "
@@ -217,8 +217,8 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         "on verbose answers changes in the same direction. (Both against the arm that is repaired, "
         f"paired by seed.) {int((told['moved'] < 0).sum())} of them end shorter, so that a "
         "constant answer does as well: what the push adds is the order, a rank correlation of "
-        f"{rank:.2f} over all {len(signs)}. The bolder reading, that the sign of the push itself "
-        "says on which side of the logged policy the run ends, was tried first; it holds for "
+        f"{ranks.statistic:.2f} over all {len(signs)}. The bolder reading, that the sign of the push "
+        "itself says on which side of the logged policy the run ends, was tried first; it holds for "
         f"{int(bold['agrees'].sum())} of the {len(bold)} arms whose side is told."
     )
     blocks.append(said)
