@@ -219,6 +219,6 @@ print(f"seed {run.summary['seed']} misses {len(missed)} of {len(claims)}:", *mis
 # | [05 PPO](05_ppo.ipynb) | Where do many small, clipped steps end? | 60 |
 # | [06 The drift](06_the_drift.ipynb) | How does the whole run come about? | 45 |
 # | [07 The autopsy](07_the_autopsy.ipynb) | Question 1, in one batch | 60 |
-# | 08 The remedies (not written yet) | Question 2, each remedy tried | |
+# | [08 The remedies](08_the_remedies.ipynb) | Question 2, each remedy tried | 75 |
 #
 # To train a run of your own: `minirlhf drift --seed 1`.

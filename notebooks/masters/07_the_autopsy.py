@@ -717,4 +717,4 @@ print(check_marks(my_marks))
 # where the choice is made and where KL is paid; the rest follows. A what-if is exact for the
 # answers that are there, and silent about those that would have been.
 #
-# Next: 08, the remedies (not written yet). Back to [the map](00_start_here.ipynb).
+# Next: [08, the remedies](08_the_remedies.ipynb). Back to [the map](00_start_here.ipynb).
