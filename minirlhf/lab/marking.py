@@ -129,14 +129,11 @@ def _off(points: int) -> str:
 
 
 class Sheet(widgets.VBox):
-    """Controls of one set of marks: a slider a criterion, a tick a cap and a mistake."""
+    """Controls of one set of marks: buttons a criterion, a tick a cap and a mistake."""
 
     def __init__(self, rubric: Rubric):
         self._rubric = rubric
-        self.points = {
-            c.name: widgets.IntSlider(0, 0, c.points, description=c.name, **looks())
-            for c in rubric.criteria
-        }
+        self.points = {c.name: _choice(c) for c in rubric.criteria}
         self.caps = {cap: _tick(f"only this: {cap}") for cap in rubric.caps}
         self.mistakes = {text: _tick(f"it says: {text}") for text in rubric.mistakes}
         self.says = widgets.HTML()
@@ -170,6 +167,13 @@ class Sheet(widgets.VBox):
 
     def _add_up(self, _change: Any = None) -> None:
         self.says.value = f"<b>{self.total} of {self._rubric.full} points</b>"
+
+
+def _choice(criterion: Criterion) -> Any:
+    """A button for each number of points: few steps, and no track to aim at."""
+    narrow = {"description_width": "80px", "button_width": "40px"}
+    options = [(str(n), n) for n in range(criterion.points + 1)]
+    return widgets.ToggleButtons(options=options, description=criterion.name, style=narrow)
 
 
 def _tick(text: str) -> Any:

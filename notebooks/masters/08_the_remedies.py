@@ -638,7 +638,7 @@ for name in (
         phrase = table.loc[(name, "gap_courtesy_brief_sd"), ["mean", "low", "high"]].astype(float)
         worth = f"{phrase['mean']:+.1f} [{phrase['low']:+.1f}, {phrase['high']:+.1f}]"
         at = test.loc[name]
-        print(f"{name:15}    {worth:24}    x {at.brief_length_ratio:3.1f}", end="      ")
+        print(f"{name:16}   {worth:24}    x {at.brief_length_ratio:3.1f}", end="      ")
         print(f"{at.brief_gold_change:+.1f}")
 
 # %% [markdown]
@@ -826,7 +826,7 @@ for name in trial.choice.options:
     trial.choice.value = name
     trial.compare()
 for control in trial.own.points.values():
-    control.value = control.max
+    control.value = control.options[-1][1]
 print("all points:", trial.own.total)
 next(iter(trial.own.caps.values())).value = True
 print("with the cap of a bare coefficient:", trial.own.total)
