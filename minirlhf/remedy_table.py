@@ -216,8 +216,8 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         f"an amount whose interval excludes zero; in {int(told['agrees'].sum())} of those the push "
         "on verbose answers changes in the same direction. (Both against the arm that is repaired, "
         f"paired by seed.) {int((told['moved'] < 0).sum())} of them end shorter, so that a "
-        "constant answer does as well: what the push adds is the order, a rank correlation of "
-        f"{ranks.statistic:.2f} over all {len(signs)}. The bolder reading was tried first: that the "
+        "constant answer does as well. What the push adds is the order, a rank correlation of "
+        f"{ranks.statistic:.2f} over all {len(signs)}. The bolder reading was tried first: the "
         "sign of the push itself says on which side of the logged policy the run ends. It holds "
         f"for {int(bold['agrees'].sum())} of the {len(bold)} arms whose side is told."
     )
