@@ -123,9 +123,9 @@ def push_figure(rows: pd.DataFrame, names: Sequence[str]) -> Figure:
     Raises ValueError for an arm that has no push.
     """
     table, figure = _pivot(rows), blank(12, 4.4, wspace=0.03)
-    known = table["mean"]["push_verbose"].dropna()
+    known = set(rows.loc[rows["push_verbose"].notna(), "remedy"])
     table = table.reindex(list(names))
-    if bare := [name for name in names if name not in known.index]:
+    if bare := [name for name in names if name not in known]:
         raise ValueError(f"no push for {', '.join(bare)}: choose arms that learn from a batch")
     said, at = [], np.arange(len(names))
     for ax, side in zip(figure.subplots(1, 2, sharey=True), SIDE, strict=True):

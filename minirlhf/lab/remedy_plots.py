@@ -120,7 +120,8 @@ def forest_figure(rows: pd.DataFrame) -> Figure:
 
     Green is where the two-sided test wants the mean to be; a tick at the name says that it passed.
     """
-    each, test = measured(rows), repaired(rows).set_index("remedy")["repaired"]
+    each, passes = measured(rows), repaired(rows)
+    test = dict(zip(passes["remedy"], passes["repaired"], strict=True))
     lines = [(place, name) for place, names in by_place(rows).items() for name in ("", *names)]
     figure = blank(13, 1.2 + 0.25 * len(lines), wspace=0.02)
     axes = np.ravel(figure.subplots(1, len(FOREST), sharey=True))
