@@ -132,6 +132,7 @@ def seeds(options: SeedsRun) -> int:
 
     wanted = [*range(options.seeds), *range(FRESH, FRESH + options.fresh)]
     base, workers = DriftConfig(), Workers(jobs=options.jobs)
+    _say_if_new(options.parts, options.resume)
     claim(options.parts, base, resume=options.resume, dials={})
     with _bars() as report:
         done = run_seeds(base, wanted, options.parts / "done", workers, report("runs"))
@@ -157,6 +158,7 @@ def sweep(options: Any) -> int:
 
     base = options.config.quick() if options.quick else options.config
     cells = options.grid.cells(base)
+    _say_if_new(options.out, options.resume)
     claim(options.out, base, options.grid.remedy, resume=options.resume)
     with _bars() as report:
         rows, _ = run_cells(cells, base, options.out, options.workers, report)
@@ -186,6 +188,7 @@ def remedies(options: RemediesRun) -> int:
 
     base = DriftConfig(steps=options.steps)
     base = base.quick() if options.quick else base
+    _say_if_new(options.out, options.resume)
     claim(options.out, base, options.arms or EVERY_ARM, resume=options.resume)
     given = (options.arms or EVERY_ARM, range(options.seeds), base, options.out, options.workers)
     with _bars() as report:
@@ -203,6 +206,11 @@ def remedies(options: RemediesRun) -> int:
         ship(made, command=_said(options.out), seed=0)
         write_text(Path("docs/remedies.md"), text)
     return 0
+
+
+def _say_if_new(out: Path, resume: bool) -> None:
+    if resume and not (out / "sweep.json").exists():
+        print(f"nothing to resume in {out}: a new sweep starts there", file=sys.stderr)
 
 
 def _said(out: Path) -> str:

@@ -140,9 +140,9 @@ def claim(
     wanted["desk"] = hashlib.sha256(desk.encode()).hexdigest()[:16]
     known = {name: fingerprint(stack(name, DriftConfig())) for name in sorted(set(arms))}
     path = out / "sweep.json"
-    if path.exists() and not resume:
+    if path.exists() and not resume and any((out / "done").rglob("*.json")):
         raise StoreError(f"{out} already holds a sweep; add --resume or choose another --out")
-    if path.exists():
+    if path.exists() and resume:
         held = read_json(path)
         earlier = held.pop("arms", {})
         changed_ = [name for name in known if earlier.get(name, known[name]) != known[name]]

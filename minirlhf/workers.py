@@ -9,8 +9,10 @@ one thread: at this model's size one job a core beats threads inside each operat
 Left out: starting a cluster (give the address of one that runs), order and priorities.
 """
 
+import asyncio
 import importlib
 import json
+import logging
 import re
 import traceback
 import warnings
@@ -245,9 +247,12 @@ def _local(workers: Workers) -> Iterator[_Pool]:
 def _dask(workers: Workers) -> Iterator[_Pool]:
     where = f"dask scheduler at {workers.address}"
     distributed = _module("distributed", "dask")
+    for name in ("distributed", "tornado", "asyncio"):  # they print what is said here in a sentence
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
+        asyncio.run(_knock(str(workers.address)))  # a client that fails to connect closes noisily
         client = distributed.Client(workers.address, timeout=SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever answers at that address may speak another language
         raise NoWorkers(
             f"cannot reach a {where}: start one with `dask scheduler` and workers with "
             f"`dask worker {workers.address}`, or use the loky backend"
@@ -266,6 +271,14 @@ def _dask(workers: Workers) -> Iterator[_Pool]:
             ) from error
         with parallel_config(_dask_backend(client)):
             yield _Pool(-1, str(workers.jobs or "n_jobs"), check=check)
+
+
+async def _knock(address: str) -> None:
+    """Raises where no scheduler answers."""
+    from distributed.core import rpc
+
+    async with rpc(address) as scheduler:
+        await asyncio.wait_for(scheduler.identity(), SECONDS)
 
 
 def _dask_backend(client: Any) -> Any:
