@@ -10,7 +10,7 @@ Source: Student (1908), "The probable error of a mean".
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -181,19 +181,38 @@ NOTE = (
 )
 
 
+WORDS = (
+    "*Brief* and *detailed* prompts: by the length of the reference's own answers. *Verbose*: at "
+    "least eight tokens of padding; *concise*: correct, without any. *Direct*: the first sentence "
+    "answers; *evasion*: no answer at all; *hedged*: with a phrase of doubt. A *gap* is verbose "
+    "minus concise, brief prompts; effective: score minus beta times log-ratio. *Fork*: tokens at "
+    "which the reference has a choice. *Push*: what one Adam step on the batch does to the mean "
+    "log-prob of such answers (0 in seeds whose run an early stop had ended). The worth of a "
+    "phrase or hedge is on a concise correct answer. The batch is the middle one of the drift."
+)
+OTHERS = (
+    "`none` is the default run, `fair` that with labelers who have no bias and check every fact. "
+    "Faults: `book_literal` differentiates the sampled log-ratio itself, `token_mean` charges the "
+    "mean and not the sum of an answer's KL, `grpo` divides by a group's sd and by length. `a+b` "
+    "is b after a. Costs are what the literature fears; the tables say what was seen here."
+)
+
+
 def wide(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """One row an arm, one column a measure, "mean [low, high]" as text."""
     long = summarise(rows, names)
     cells = zip(*(long[k] for k in ("measure", "mean", "low", "high")), strict=True)
-    found = long.assign(text=[_text(MEASURES[m].digits, *values) for m, *values in cells])
+    found = long.assign(text=[_text(m, *values) for m, *values in cells])
     order = list(dict.fromkeys(found["remedy"]))
     return found.pivot(index="remedy", columns="measure", values="text").loc[order, list(names)]
 
 
-def _text(digits: int, mean: float, low: float, high: float) -> str:
+def _text(measure: str, mean: float, low: float, high: float) -> str:
     if np.isnan(mean):
         return "–"
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    sign = "" if MEASURES[measure].unit == "x reference" else "+"  # a ratio is no change
+    m, a, b = (f"{x:{sign}.{MEASURES[measure].digits}f}" for x in (mean, low, high))
+    return f"{m} [{a}, {b}]"
 
 
 def markdown(rows: pd.DataFrame, command: str) -> str:
@@ -201,7 +220,7 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
     test = repaired(rows).set_index("remedy")["repaired"].to_dict()
     signs, seeds = agreement(rows), sorted(set(rows["seed"]))
     said = f"Made by `{command}`: every arm from nothing on seeds {', '.join(map(str, seeds))}."
-    blocks = ["# Remedies", f"{said} {NOTE}"]
+    blocks = ["# Remedies", f"{said} {NOTE}", WORDS]
     for title, names in (("Trained outcome", SHOWN), ("The same logged batch", AT_BATCH)):
         heads = [f"{MEASURES[n].title} ({MEASURES[n].unit})" for n in names]
         cells = wide(rows, names).to_dict("index")
@@ -209,27 +228,35 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         blocks += [f"## {title}", _table(("arm", "repaired", *heads), lines)]
     told, bold = signs[signs["told"]], levels(rows)
     blocks += ["## Push against outcome"]
-    ranks: Any = stats.spearmanr(signs["push"], signs["moved"])
+    gaps = summarise(rows, ["gap_effective"]).set_index("remedy")["mean"]
+    repairs = dict(zip(rows["remedy"], rows["fault"], strict=True))
+    fall = [gaps[name] - gaps[repairs[name]] for name in signs["remedy"]]
+    fall = pd.Series(fall, index=signs.index)
+    ranks = [signs["moved"].corr(x, method="spearman") for x in (signs["push"], fall)]
     bold = bold[bold["told"]]
     said = (
         f"Of {len(signs)} arms with a push, {len(told)} change the length of brief answers by "
         f"an amount whose interval excludes zero; in {int(told['agrees'].sum())} of those the push "
         "on verbose answers changes in the same direction. (Both against the arm that is repaired, "
         f"paired by seed.) {int((told['moved'] < 0).sum())} of them end shorter, so that a "
-        "constant answer does as well. What the push adds is the order, a rank correlation of "
-        f"{ranks.statistic:.2f} over all {len(signs)}. The bolder reading was tried first: the "
-        "sign of the push itself says on which side of the logged policy the run ends. It holds "
-        f"for {int(bold['agrees'].sum())} of the {len(bold)} arms whose side is told."
+        "constant answer does as well. In order of size the two changes go together (rank "
+        f"correlation {ranks[0]:.2f} over all {len(signs)}; that of the effective gap and length: "
+        f"{ranks[1]:.2f}). The bolder reading was tried first: the sign of the push itself says on "
+        "which side of the logged policy the run ends. It holds for "
+        f"{int(bold['agrees'].sum())} of the {len(bold)} arms whose side is told."
     )
     blocks.append(said)
     yes, lines = {True: "yes", False: "no"}, []
     for r in signs.to_dict("records"):
-        ends = _text(1, r["moved"], r["low"], r["high"])
+        ends = "{moved:+.1f} [{low:+.1f}, {high:+.1f}]".format(**r)
         lines.append((r["remedy"], f"{r['push']:+.3f}", ends, yes[r["agrees"]], yes[r["told"]]))
     heads = ("remedy", "change of the push (nats a step)", "change of brief length (tokens)")
-    blocks += [_table((*heads, "same sign", "sign told"), lines), "## What each arm is"]
+    heads = (*heads, "same sign", "interval of the length excludes 0")
+    blocks += [_table(heads, lines), "## What each arm is"]
     about = ("title", "acts", "equation", "cost", "source")
-    lines = [(name, *(getattr(r, k) for k in about)) for name, r in REMEDIES.items()]
+    lines = [(name, *(getattr(r, k) for k in about), r.fault) for name, r in REMEDIES.items()]
+    blocks += [OTHERS]
+    about = (*about, "repairs")
     return "\n\n".join([*blocks, _table(("arm", *about), lines)]) + "\n"
 
 
