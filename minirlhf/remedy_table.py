@@ -218,7 +218,7 @@ def _text(measure: str, mean: float, low: float, high: float) -> str:
 def markdown(rows: pd.DataFrame, command: str) -> str:
     """docs/remedies.md: the whole table, with the command that made it."""
     test = repaired(rows).set_index("remedy")["repaired"].to_dict()
-    signs, seeds = agreement(rows), sorted(set(rows["seed"]))
+    seeds = sorted(set(rows["seed"]))
     said = f"Made by `{command}`: every arm from nothing on seeds {', '.join(map(str, seeds))}."
     blocks = ["# Remedies", f"{said} {NOTE}", WORDS]
     for title, names in (("Trained outcome", SHOWN), ("The same logged batch", AT_BATCH)):
@@ -226,8 +226,18 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         cells = wide(rows, names).to_dict("index")
         lines = [(k, "yes" if test[k] else "no", *cells[k].values()) for k in cells]
         blocks += [f"## {title}", _table(("arm", "repaired", *heads), lines)]
+    blocks += ["## Push against outcome", *_agreement(rows), "## What each arm is"]
+    about = ("title", "acts", "equation", "cost", "source")
+    lines = [(name, *(getattr(r, k) for k in about), r.fault) for name, r in REMEDIES.items()]
+    blocks += [OTHERS]
+    about = (*about, "repairs")
+    return "\n\n".join([*blocks, _table(("arm", *about), lines)]) + "\n"
+
+
+def _agreement(rows: pd.DataFrame) -> list[str]:
+    """What the push foretold, as a paragraph and a table."""
+    signs = agreement(rows)
     told, bold = signs[signs["told"]], levels(rows)
-    blocks += ["## Push against outcome"]
     gaps = summarise(rows, ["gap_effective"]).set_index("remedy")["mean"]
     repairs = dict(zip(rows["remedy"], rows["fault"], strict=True))
     fall = [gaps[name] - gaps[repairs[name]] for name in signs["remedy"]]
@@ -245,19 +255,13 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         "which side of the logged policy the run ends. It holds for "
         f"{int(bold['agrees'].sum())} of the {len(bold)} arms whose side is told."
     )
-    blocks.append(said)
     yes, lines = {True: "yes", False: "no"}, []
     for r in signs.to_dict("records"):
         ends = "{moved:+.1f} [{low:+.1f}, {high:+.1f}]".format(**r)
         lines.append((r["remedy"], f"{r['push']:+.3f}", ends, yes[r["agrees"]], yes[r["told"]]))
     heads = ("remedy", "change of the push (nats a step)", "change of brief length (tokens)")
     heads = (*heads, "same sign", "interval of the length excludes 0")
-    blocks += [_table(heads, lines), "## What each arm is"]
-    about = ("title", "acts", "equation", "cost", "source")
-    lines = [(name, *(getattr(r, k) for k in about), r.fault) for name, r in REMEDIES.items()]
-    blocks += [OTHERS]
-    about = (*about, "repairs")
-    return "\n\n".join([*blocks, _table(("arm", *about), lines)]) + "\n"
+    return [said, _table(heads, lines)]
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
