@@ -44,7 +44,8 @@ class RankedPairs(Protocol):
 class RewardConfig:
     """How the reward model is trained."""
 
-    section: ClassVar = "reward"  # what these settings are called in messages and metrics
+    section: ClassVar = "reward"
+    """what these settings are called in messages and metrics"""
     epochs: int = 2
     """passes over the pairs"""
     batch: int = 64
