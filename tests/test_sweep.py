@@ -173,6 +173,9 @@ def test_a_grid_that_cannot_run_is_refused_before_any_run(grid, sentence):
 
 def test_a_folder_belongs_to_one_sweep(tmp_path):
     claim(tmp_path, BASE, resume=False)
+    claim(tmp_path, BASE, resume=False)  # it holds no run yet
+    (tmp_path / "done" / "runs").mkdir(parents=True)
+    (tmp_path / "done" / "runs" / "one.json").write_text("{}")
     claim(tmp_path, replace(BASE, ppo=replace(BASE.ppo, beta=0.3)), resume=True)  # a dial
     with pytest.raises(StoreError, match="already holds a sweep; add --resume"):
         claim(tmp_path, BASE, resume=False)
