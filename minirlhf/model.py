@@ -12,6 +12,7 @@ Sources: Vaswani et al. (2017, arXiv 1706.03762); Radford et al. (2019, GPT-2); 
 Krell et al. (2021, arXiv 2107.02027).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -158,18 +159,28 @@ class Transformer(nn.Module):
                 p.zero_()
         self.scalar.weight.zero_()  # the critic starts at 0 everywhere
 
+    def by_rows(self, read: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """read(tokens, valid, keep, ...), [K, ...] of the kept tokens, row by row.
+
+        On a CPU many rows are read in chunks of similar length: short rows then share a narrow
+        table, and what a chunk needs stays in the processor's cache.
+        """
+        tokens, valid, keep, *_ = given
+        if len(tokens) <= CHUNK or not tokens.is_cpu:
+            return read(*given)
+        order = valid.sum(1).argsort(stable=True)
+        parts = zip(*(x[order].split(CHUNK) for x in given), strict=True)
+        x = in_chunks(read, list(parts), list(self.parameters()))
+        number = (keep.flatten().cumsum(0) - 1).view_as(keep)[order].masked_select(keep[order])
+        return torch.empty_like(x).index_copy_(0, number, x)  # rows as they were given
+
     def states(self, tokens: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
         """Final hidden states [K, D] of the kept tokens of tokens [B, S], row by row.
 
-        On a CPU many rows go through in chunks of similar length: short rows then share a narrow
-        table, and what a chunk needs stays in the processor's cache.
+        Raises ValueError past the context.
         """
-        if tokens.is_cpu and len(tokens) > CHUNK:
-            order = valid.sum(1).argsort(stable=True)
-            parts = zip(*(x[order].split(CHUNK) for x in (tokens, valid, keep)), strict=True)
-            x = in_chunks(self.states, list(parts), list(self.parameters()))
-            number = (keep.flatten().cumsum(0) - 1).view_as(keep)[order].masked_select(keep[order])
-            return torch.empty_like(x).index_copy_(0, number, x)  # rows as they were given
+        if len(tokens) > CHUNK and tokens.is_cpu:
+            return self.by_rows(self.states, tokens, valid, keep)
         packing = Packing(valid, keep, self.config.n_head, self.tokens.weight.dtype)
         if packing.width > self.config.context:
             raise ValueError(
@@ -263,13 +274,16 @@ def response_logprobs(
     One function scores the policy in the update and the reference: equal weights and rows give
     equal bits. The sampler's log-probs come from its cache and agree to rounding (1e-5).
     """
-    logits, values = response_heads(model, prompts, responses, mask)
-    found = token_logprobs(logits, responses[mask], temperature=temperature)
-    out = (_unpack(found, mask), _unpack(values, mask))
-    if eos is None:
-        return out
-    stop = token_logprobs(logits, responses[mask] * 0 + eos, temperature=temperature)
-    return (*out, _unpack(stop, mask))
+    asked = [responses] if eos is None else [responses, torch.full_like(responses, eos)]
+
+    def read(tokens: Tensor, valid: Tensor, keep: Tensor, said: Tensor, *others: Tensor) -> Tensor:
+        logits, values = model.heads(model.states(tokens, valid, keep))
+        at = keep[:, -said.shape[1] :]  # the columns before the answer's tokens
+        found = [token_logprobs(logits, x[at], temperature=temperature) for x in (said, *others)]
+        return torch.stack([found[0], values, *found[1:]], 1)  # (K, 2 or 3)
+
+    columns = model.by_rows(read, *_response_inputs(prompts, responses, mask), *asked)
+    return tuple(_unpack(x, mask) for x in columns.unbind(1))
 
 
 def answer_scalars(model: Transformer, prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ class PPOConfig:
     """cap on an answer's length, tokens"""
     temperature: float = 1.0
     """sampling temperature; policy and reference are scored at it too"""
-    epochs: int = 2
+    epochs: int = 1
     """passes over a rollout"""
     minibatches: int = 2
     """optimiser steps in a pass"""
-    lr: float = 1.5e-4
+    lr: float = 3.5e-4
     """AdamW learning rate"""
     max_grad_norm: float = 1.0
     """gradient norm above which a step is scaled down"""

@@ -31,6 +31,10 @@ BITS = torch.tensor([0, 4, 2, 1, 0])
 class Desk(Transformer):
     """A Transformer for QUESTIONS, each of which it reads once however many answers share it."""
 
+    def by_rows(self, read: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        """All rows at once: chunks would each read the questions anew."""
+        return read(*given)
+
     def states(self, tokens: Tensor, valid: Tensor, keep: Tensor) -> Tensor:
         """Final hidden states of the kept tokens, row by row, as Transformer.states."""
         x = super().states(QUESTIONS, valid[:1].expand(8, -1), keep[:1].expand(8, -1))

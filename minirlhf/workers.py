@@ -10,18 +10,15 @@ Left out: starting a cluster (give the address of one that runs), order and prio
 """
 
 import asyncio
-import ctypes
 import importlib
 import json
 import logging
-import os
 import re
-import sys
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -119,22 +116,12 @@ class _Outcome(NamedTuple):
 def _attempt(key: str, function: Callable[..., Any], args: tuple) -> _Outcome:
     """In the worker: an error comes back as text, for not every exception survives the journey."""
     cores.use(1)
-    _keep_memory()
     try:
         result = json.dumps(store.plain(function(*args)), allow_nan=False)
     except (Exception, SystemExit) as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         return _Outcome(key, error=f"{_sentence(error)} ({Path(at.filename).name}:{at.lineno})")
     return _Outcome(key, json.loads(result))  # as it will be read from its file
-
-
-def _keep_memory() -> None:
-    """dask starts its workers with a glibc setting that gives every freed block back to the system:
-    the next one costs page faults, and training takes twice as long. This takes it back."""
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ and sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library
-            for option, size in ((-1, 1 << 28), (-3, 1 << 25)):  # M_TRIM_, M_MMAP_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, size)
 
 
 def _sentence(error: BaseException) -> str:

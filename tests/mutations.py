@@ -190,8 +190,8 @@ MUTATIONS = [
     Mutation(
         "log-probs off by one token",
         "model.py",
-        "found = token_logprobs(logits, responses[mask], temperature=temperature)",
-        "found = token_logprobs(logits, responses.roll(-1, 1)[mask], temperature=temperature)",
+        "found = [token_logprobs(logits, x[at],",
+        "found = [token_logprobs(logits, x.roll(-1, 1)[at],",
         "test_model.py::test_all_answers_together_have_probability_one",
     ),
     Mutation(
