@@ -34,11 +34,32 @@ class Mutation(NamedTuple):
 
 MUTATIONS = [
     Mutation(
-        "several cores hand their gradients to the wrong chunks' order",
+        "every chunk hands on the gradients of the first",
         "cores.py",
         "ctx.walks[ctx.number].result()",
-        "ctx.walks[-1 - ctx.number].result()",
-        "test_cores.py::test_values_and_gradients_have_the_bits_of_one_core",
+        "ctx.walks[0].result()",
+        "test_packing.py::test_packed_loss_and_gradient_are_the_plain_ones",
+    ),
+    Mutation(
+        "chunks come back in the order in which they were started",
+        "cores.py",
+        "for task in reversed(started)",
+        "for task in started",
+        "test_packing.py::test_packed_loss_and_gradient_are_the_plain_ones",
+    ),
+    Mutation(
+        "rows stay sorted by length",
+        "model.py",
+        "return torch.empty_like(x).index_copy_(0, number, x)",
+        "return x",
+        "test_packing.py::test_packed_loss_and_gradient_are_the_plain_ones",
+    ),
+    Mutation(
+        "keys and values are written one column too early",
+        "generate.py",
+        "kv.narrow(3, cache.filled - steps, steps)",
+        "kv.narrow(3, max(cache.filled - steps - 1, 0), steps)",
+        "test_generate.py::test_sampled_logprobs_and_values_are_those_of_the_scoring_pass",
     ),
     Mutation(
         "a worker thread computes with the gradient mode of a fresh thread",
@@ -1123,6 +1144,9 @@ def check(project: Path, mutation: Mutation) -> str:
 def main(words: list[str]) -> int:
     """Plant the chosen bugs and print who was caught; the number that was not, at most 1."""
     chosen = [m for m in MUTATIONS if all(w.lower() in m.title.lower() for w in words)]
+    if not chosen:
+        print(f"no title holds all of: {' '.join(words)}")
+        return 1
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and each start costs
     sys.dont_write_bytecode = True  # two versions of a file within a second look alike to a cache
     with tempfile.TemporaryDirectory() as folder:
