@@ -10,7 +10,7 @@ than the scored one, and then a sampled KL can be negative on average.
 """
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from minirlhf.model import HIDDEN, Transformer
 from minirlhf.text import PAD
 
 SHRINK_BELOW = 0.75  # rows still running, as a share, under which the cache is packed anew
-BLOCK = 16  # columns by which the cache grows
+BLOCK = 32  # columns by which the cache grows
 
 
 class Sample(NamedTuple):
@@ -43,7 +43,9 @@ class Cache:
         c, (rows, width) = model.config, prompts.shape
         zeros, head = model.tokens.weight.new_zeros, c.d_model // c.n_head
         self.heads, self.filled, self.limit = c.n_head, 0, width + steps
-        self.kv = [zeros(2, rows, c.n_head, 0, head) for _ in range(c.n_layer)]
+        # keys lie transposed, so that a query meets them in one product; all start empty
+        self.keys = [zeros(rows, c.n_head, head, 0) for _ in range(c.n_layer)]
+        self.values = [zeros(rows, c.n_head, 0, head) for _ in range(c.n_layer)]
         padding = (prompts != PAD).cumsum(1) == 0  # (R, P)
         self.places = (~padding).cumsum(1).sub_(1).clamp_(min=0)  # [R, s] of the next tokens
         self.bias = zeros(rows, c.n_head, 1, width) + HIDDEN * padding[:, None, None]
@@ -52,9 +54,10 @@ class Cache:
         """Make room for `steps` tokens; the bias [R * H, s, columns] of their queries."""
         self.filled, self.places = self.filled + steps, self.places[:, -1:] + 1
         columns = min(-(-self.filled // BLOCK) * BLOCK, self.limit)
-        more = columns - self.kv[0].shape[3]
+        more = columns - self.keys[0].shape[-1]
         if more:
-            self.kv = [F.pad(x, (0, 0, 0, more)) for x in self.kv]
+            self.keys = [F.pad(k, (0, more)) for k in self.keys]
+            self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
             self.bias = F.pad(self.bias, (0, columns - self.bias.shape[-1]), value=HIDDEN)
         if steps > 1:
             causal = self.bias.new_full((steps, columns), HIDDEN).triu(1)
@@ -64,39 +67,22 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep only the given rows."""
-        self.kv = [x[:, rows] for x in self.kv]
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
         self.places, self.bias = self.places[rows], self.bias[rows]
-
-
-def _weights(model: Transformer) -> list[SimpleNamespace]:
-    """What each block computes with: (weight, bias) of the norms, (bias, weight [in, out]) of the
-    rest. A step is so small that calling a module takes as long as its work."""
-    found = []
-    for block in model.blocks:
-        parts: dict[str, Any] = dict(block.named_children())
-        norms = {n: (p.weight, p.bias) for n, p in parts.items() if n.endswith("norm")}
-        rest = {n: (p.bias, p.weight.t()) for n, p in parts.items() if n not in norms}
-        found.append(SimpleNamespace(**norms, **rest))
-    return found
-
-
-def _linear(x: Tensor, layer: tuple[Tensor, Tensor]) -> Tensor:
-    bias, weight = layer
-    return torch.addmm(bias, x, weight)
 
 
 def _attend(w: SimpleNamespace, x: Tensor, cache: Cache, layer: int, bias: Tensor) -> Tensor:
     """Write x's keys and values into the cache, attend over all of it: [R * s, D] -> [R * s, D]."""
     (steps, width), heads = (bias.shape[1], x.shape[1]), cache.heads
-    qkv = _linear(torch.layer_norm(x, (width,), *w.attention_norm), w.qkv)
-    qkv = qkv.view(-1, steps, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (3, R, H, s, hd)
-    kv = cache.kv[layer]
-    kv.narrow(3, cache.filled - steps, steps).copy_(qkv[1:])
-    query, (keys, values) = qkv[0].flatten(0, 1), kv.flatten(1, 2)
-    scores = torch.baddbmm(bias, query, keys.transpose(1, 2), alpha=query.shape[-1] ** -0.5)
-    mixed = torch.bmm(scores.softmax(-1), values)  # (R * H, s, hd)
+    now = slice(cache.filled - steps, cache.filled)
+    qkv = F.linear(F.layer_norm(x, (width,), *w.attention_norm), *w.qkv)
+    q, k, v = qkv.view(-1, steps, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (R, H, s, hd)
+    keys, values = cache.keys[layer], cache.values[layer]
+    keys[..., now], values[:, :, now] = k.transpose(2, 3), v
+    scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1), alpha=q.shape[-1] ** -0.5)
+    mixed = torch.bmm(scores.softmax(-1), values.flatten(0, 1))  # (R * H, s, hd)
     mixed = mixed.view(-1, heads, steps, width // heads).transpose(1, 2).reshape(-1, width)
-    return _linear(mixed, w.out)
+    return F.linear(mixed, *w.out)
 
 
 def _read(
@@ -104,18 +90,18 @@ def _read(
 ) -> tuple[Tensor, Tensor]:
     """Feed tokens [R, s] and return logits [R, V] and values [R] after the last of them."""
     width, steps = model.config.d_model, tokens.shape[1]
-    where = torch.embedding(model.positions.weight, cache.places)
-    x = (torch.embedding(model.tokens.weight, tokens) + where).flatten(0, 1)
+    where = F.embedding(cache.places, model.positions.weight)
+    x = (F.embedding(tokens, model.tokens.weight) + where).flatten(0, 1)
     bias = cache.open(steps)
     for layer, w in enumerate(blocks):
         attended = _attend(w, x, cache, layer, bias)
         if layer == len(blocks) - 1:
             x, attended = x[steps - 1 :: steps], attended[steps - 1 :: steps]
         x = x + attended
-        hidden = _linear(torch.layer_norm(x, (width,), *w.mlp_norm), w.up).relu_()
-        x = x + _linear(hidden, w.down)
+        hidden = F.linear(F.layer_norm(x, (width,), *w.mlp_norm), *w.up).relu_()
+        x = x + F.linear(hidden, *w.down)
     norm, scalar = model.final_norm, model.scalar
-    x = torch.layer_norm(x, (width,), norm.weight, norm.bias)
+    x = F.layer_norm(x, (width,), norm.weight, norm.bias)
     return x.mm(model.tokens.weight.t()), torch.addmv(scalar.bias, x, scalar.weight[0])
 
 
@@ -133,7 +119,10 @@ def _draw(
     model: Transformer, prompts: Tensor, uniform: Tensor, eos: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probs, values [T, B]; behind a row's EOS stands whatever it went on to say."""
-    blocks, cache, read = _weights(model), Cache(model, prompts, len(uniform)), prompts
+    # (weight, bias) of each block's parts: calling a module takes as long as its work here
+    parts = [{n: (m.weight, m.bias) for n, m in block.named_children()} for block in model.blocks]
+    blocks = [SimpleNamespace(**named) for named in parts]
+    cache, read = Cache(model, prompts, len(uniform)), prompts
     tokens = torch.full(uniform.shape, eos, device=prompts.device)
     logprobs, values = model.tokens.weight.new_zeros(2, *uniform.shape)
     rows = torch.arange(len(prompts), device=prompts.device)  # those in the cache

@@ -57,8 +57,8 @@ MUTATIONS = [
     Mutation(
         "keys and values are written one column too early",
         "generate.py",
-        "kv.narrow(3, cache.filled - steps, steps)",
-        "kv.narrow(3, max(cache.filled - steps - 1, 0), steps)",
+        "now = slice(cache.filled - steps, cache.filled)",
+        "now = slice(max(cache.filled - steps - 1, 0), max(cache.filled - 1, steps))",
         "test_generate.py::test_sampled_logprobs_and_values_are_those_of_the_scoring_pass",
     ),
     Mutation(

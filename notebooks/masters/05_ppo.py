@@ -511,7 +511,7 @@ print("three steps: the same batches, the same scores, the same policy as the li
 # ## 5 The dial: epsilon on a real batch
 #
 # Back to the support desk. The shipped run was saved as it was before its tenth step, and so was
-# the batch of 128 answers that it then drew. So the real update, two epochs of two minibatches,
+# the batch of 128 answers that it then drew. So the real update, one pass in two minibatches,
 # can be taken again and again from the same weights and the same Adam: only epsilon differs. This
 # trains, so it takes a few seconds.
 #
