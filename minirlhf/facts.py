@@ -99,6 +99,13 @@ def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return pooled
 
 
+def clearest(batches: Sequence[dict[str, Any]], steps: Sequence[int]) -> int:
+    """Of these steps, the one in whose batch the smaller of the two groups of answers is largest:
+    the means of verbose and of concise answers are there least a matter of chance."""
+    smaller = {b["step"]: min(b["n_verbose"], b["n_concise"]) for b in batches}
+    return max(steps, key=lambda step: smaller[step])
+
+
 def pooled_facts(
     auditor: Auditor,
     batches: Sequence[tuple[Rollout, Convention]],

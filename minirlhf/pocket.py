@@ -278,7 +278,8 @@ def settings(beta: float, **changes: Any) -> PPOConfig:
     """PPO as theory has it: nothing whitened, nothing charged for the cap, each token in full;
     `changes` are fields of PPOConfig."""
     plain: dict[str, Any] = {"whiten_advantages": "none", "missing_eos": "none", "beta": beta}
-    plain |= {"batch": 128, "max_new_tokens": CAP, "minibatches": 1, "lr": 0.01}
+    plain |= {"batch": 128, "max_new_tokens": CAP, "lr": 0.01}
+    plain |= {"epochs": 2, "minibatches": 1}
     plain |= {"value_coef": 0.5, "loss_aggregation": "sequence_sum"}
     return PPOConfig(**plain | changes)
 

@@ -39,7 +39,7 @@ LENGTH_WHYS = (
     "exact: how mean length would move if answers counted by their mean advantage",
     "approximate: first order, what the policy's gradient does in one step, seen on these answers",
 )
-FORK_NATS = 0.5  # in the shipped batches a fifth of the tokens, nine tenths of all |log-ratio|
+FORK_NATS = 0.5  # in the shipped batches a fifth of the tokens, two thirds of all |log-ratio|
 
 
 @dataclass(frozen=True)

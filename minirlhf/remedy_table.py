@@ -188,7 +188,8 @@ WORDS = (
     "minus concise, brief prompts; effective: score minus beta times log-ratio. *Fork*: tokens at "
     "which the reference has a choice. *Push*: what one Adam step on the batch does to the mean "
     "log-prob of such answers (0 in seeds whose run an early stop had ended). The worth of a "
-    "phrase or hedge is on a concise correct answer. The batch is the middle one of the drift."
+    "phrase or hedge is on a concise correct answer. The batch: of the three in the middle of the "
+    "drift, the one whose smaller group (verbose or concise) is largest."
 )
 OTHERS = (
     "`none` is the default run, `fair` that with labelers who have no bias and check every fact. "

@@ -1,11 +1,12 @@
 """data/: what the notebooks start from, made by one command and read by name.
 
     case = shipped()
-    case.policy(40), case.reward_model(0.0), case.rollout(10), case.summary["final"]
+    case.policy(40), case.reward_model(0.0), case.rollout(8), case.summary["final"]
 
 Everything in it comes out of one default run (seed 0): its reference, its policy at every audit,
-three of its batches, its tables, and reward models trained on the *same pairs* labelled anew at
-other length-bias dials. MANIFEST.json lists every file with its sha256, seed and command.
+three of its batches, the run as it was before one of them, its tables, and reward models trained
+on the *same pairs* labelled anew at other length-bias dials. MANIFEST.json lists every file with
+its sha256, seed and command.
 """
 
 import copy
@@ -22,6 +23,7 @@ from minirlhf.audit import Auditor
 from minirlhf.desk import Desk, Prompt
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
+from minirlhf.facts import clearest
 from minirlhf.model import Transformer
 from minirlhf.ppo import PPO
 from minirlhf.preferences import relabel
@@ -128,6 +130,11 @@ class Shipped:
         """PPO steps with a shipped batch."""
         return _numbers(self.folder / "rollouts", "step_")
 
+    @property
+    def before_steps(self) -> list[int]:
+        """PPO steps before which the run is shipped."""
+        return _numbers(self.folder / "before", "step_")
+
     @cached_property
     def reference(self) -> Transformer:
         """The reference: what PPO started from."""
@@ -215,8 +222,8 @@ def build(
             _copy(path, made / "drift" / path.name.replace("step_", "policy_"))
         for path in _around(sorted((out / "rollouts").glob("*")), summary["batch"]["step"]):
             _copy(path, made / "rollouts" / path.name)
-        middle = f"before/step_{summary['batch']['step']:03d}.safetensors"
-        _copy(out / middle, made / middle)
+        before = f"before/step_{clearest(run.batches, summary['batch']['steps']):03d}.safetensors"
+        _copy(out / before, made / before)
         _reward_models(run, made, report)
         _replace(made, folder)
     return write_manifest(folder, seed=config.seed)

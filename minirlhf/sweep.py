@@ -29,6 +29,7 @@ from minirlhf.audit import mean_or_nan
 from minirlhf.desk import STRATA, Desk
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
+from minirlhf.facts import clearest
 from minirlhf.recipe import Recipe, changed, fingerprint
 from minirlhf.remedies import ARMS, stack
 from minirlhf.store import StoreError, plain, read_json, write_atomic, write_json, write_table
@@ -168,7 +169,8 @@ def run_cells(
     """Rows and trajectories of all cells, in the order of their keys; also as Parquet in `out`.
 
     `report(stage)` gives what hears of the stages "references", "reward models" and "runs".
-    keep_batch: the mid-run batch of every cell stays in out/batches, with the run before it.
+    keep_batch: a mid-run batch of every cell stays in out/batches, with the run before it: of the
+    three, the one in which verbose and concise answers are best compared (facts.clearest).
     Raises workers.JobsFailed when cells keep failing: the tables then hold the others.
     """
     first = {cell.reference(base): cell for cell in reversed(cells)}
@@ -245,7 +247,8 @@ def run_cell(cell: Cell, base: DriftConfig, out: Path, keep_batch: bool = False)
         row["config"] = json.dumps(summary["config"], sort_keys=True)
         steps = [{**asdict(cell), **step} for step in trajectory(run)]
         if keep_batch and summary["batch"]:
-            _keep_batch(run, out / "batches" / cell.key, summary["batch"]["step"])
+            step = clearest(run.batches, summary["batch"]["steps"])
+            _keep_batch(run, out / "batches" / cell.key, step)
     seconds = {**asdict(cell), **summary["seconds"], "wall": time.perf_counter() - start}
     return {"row": row, "trajectory": steps, "seconds": seconds}
 

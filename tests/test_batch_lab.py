@@ -314,7 +314,7 @@ def test_a_stratum_without_answers_of_a_kind_is_shown_empty(ready):
 
 def test_on_the_shipped_batch_the_dials_do_what_the_case_says():
     case = shipped()
-    batch, convention = case.rollout(10), Convention.of(case.config.ppo)
+    batch, convention = case.rollout(8), Convention.of(case.config.ppo)
     scores = {d: rescored(batch, case.reward_model(d), convention) for d in (0.0, 0.0455)}
     table = case.prompts()
     brief = torch.tensor([table[i].stratum == "brief" for i in batch.index.tolist()])

@@ -187,9 +187,11 @@ def test_what_was_built_can_be_read_by_name(built):
     torch.testing.assert_close(scores[~kept] - 1.0, rollout.scores[~kept])
 
 
-def test_the_run_before_the_middle_batch_draws_it_again(built):
+def test_the_run_before_the_clearest_batch_draws_it_again(built):
     case = shipped(built)
-    step = case.summary["batch"]["step"]
+    [step] = case.before_steps
+    smaller = {b["step"]: min(b["n_verbose"], b["n_concise"]) for b in case.summary["batches"]}
+    assert smaller[step] == max(smaller[s] for s in case.summary["batch"]["steps"])
     assert case.config == TINY
     run, logged = case.run_before(step), case.rollout(step)
     assert run.steps == step - 1

@@ -136,13 +136,13 @@ print(
     f"    PPO charges beta = {beta} reward sd a nat: {charge:.2f} reward sd for a verbose answer,"
 )
 print(f"    {charge / gap:.1f} of what one phrase earns")
-assert charge < gap
+assert 0.5 * gap < charge < 1.5 * gap
 
 # %% [markdown]
 # So the penalty is large in nats and small in the unit that it is paid in. A verbose answer has
-# become many times likelier than it was; what that costs, one courtesy phrase pays for, and a
-# verbose answer holds more than a phrase. (A log-ratio below 0, as the concise answers have it, is
-# no charge but a small bonus.)
+# become many times likelier than it was; what that costs is about what one courtesy phrase earns,
+# and a verbose answer holds more than a phrase. (A log-ratio below 0, as the concise answers have
+# it, is no charge but a small bonus.)
 #
 # **Predict.** The *advantage* of a token says how much better its answer turned out than PPO
 # expected at that point, the KL penalty already subtracted. It decides the direction: tokens with

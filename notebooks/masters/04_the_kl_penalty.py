@@ -478,7 +478,7 @@ Picture(chart_figure(said + ".", {"few tokens pay": axes}))
 print("measured:")
 for name, top in tenth.items():
     print(f"{name}: the top tenth holds {top:.0%}")
-assert min(tenth.values()) > 0.7
+assert min(tenth.values()) > 0.6
 
 # %% [markdown]
 # Most tokens cost nothing: once "thank" is said, the reference, too, goes on with "you for". What
@@ -500,11 +500,15 @@ opening = mask & (before == stop)
 part = state_kl[opening].sum() / state_kl.sum()
 print(f"sentence openings (or the end instead): {opening.sum() / mask.sum():.0%} of the tokens,")
 print(f"{part:.0%} of the exact KL")
-assert part > 0.8 and ranked[-1] == "<eos>"
+assert part > 0.6 and ranked[-1] == "<eos>"
+assert set(ranked[:3]) == {"we", "thank", "please"}
+inside = lorenz(state_kl[mask & ~opening])
+assert inside[len(inside) // 10 - 1] > 0.7  # within sentences, too, few tokens pay
 
 # %% [markdown]
-# The openers of courtesy pay, and `<eos>` is paid *back*: ending has become less likely than it
-# was under the reference. Here is one answer, state by state.
+# Openers of courtesy lead the list, and `<eos>` is paid *back*: ending has become less likely than
+# it was under the reference. Most of the KL is paid where a sentence opens; the rest is paid at a
+# few forks within sentences. Here is one answer, state by state.
 
 # %%
 row = int((mask.sum(1) * (state_kl.sum(1) > 2)).argmax())
@@ -524,11 +528,16 @@ print(f"{int(went_on.sum())} times the policy went on where the reference would 
 print(
     f"charged {log_ratio[went_on].mean():.1f} nats each; never stopping there: {bound.mean():.1f}"
 )
+nth = (before == stop).cumsum(1)  # which sentence of its answer a token belongs to
+summed = torch.zeros(len(batch), int(nth.max()) + 1).scatter_add(1, nth, log_ratio * mask)
+later = summed.gather(1, nth)[went_on] - log_ratio[went_on]  # its words after the first
+assert not (went_on & ~opening).any() and later.median() < 0.05
+assert later.mean() < log_ratio[went_on].mean() / 3
 
 # %% [markdown]
-# Going on is a matter of a nat or two, once. The sentence that follows is nearly free. So a
-# penalty per answer and one per *token* differ: the same fork, averaged over a longer answer,
-# looks smaller.
+# Going on is a matter of a nat or two, paid at the first word. The rest of the sentence is charged
+# much less on average, and more often than not next to nothing. So a penalty per answer and one
+# per *token* differ: the same fork, averaged over a longer answer, looks smaller.
 #
 # **Exercise 3** (5 minutes). `kl_tokens` knows both: `sequence_sum` and `token_mean`. Write what
 # an answer is charged under each; `how` is one of these two names.
@@ -788,7 +797,7 @@ for name, *ends in (("its own reference", share(before), stairs[1]), ("the first
 # that was evaluated is not on the dashboard.
 #
 # **What to take along.** The penalty measures a distance already gone, not how odd a text is. It
-# is paid at a few forks. What acts is its gradient: log its length beside its value. With a
+# is paid mostly at a few forks. What acts is its gradient: log its length beside its value. With a
 # correct one the odds end at $e^{\Delta r / \beta}$ times the reference's, so a slight preference
 # and a slight price make a large drift, and the largest at $p_0 = 1 / (1 + e^{k/2})$. Raising
 # $\beta$ shortens the way; it does not change what the reward model likes.

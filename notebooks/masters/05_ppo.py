@@ -346,7 +346,7 @@ assert baseline_runs["blind critic"][1] == 1
 #
 # ## 3 The clip, case by case
 #
-# PPO takes several optimiser steps on one batch, so the policy moves away from the one that
+# PPO takes more than one optimiser step on a batch, so the policy moves away from the one that
 # sampled it. The *ratio* $\rho = \pi_\theta / \pi_{old}$ says how far, token by token. The clip
 # takes away the reward for moving further. Schulman et al. (2017, eq. 7) take
 # $\min(\rho A,\ \mathrm{clip}(\rho, 1-\epsilon, 1+\epsilon)\, A)$; the book bounds the ratio from
@@ -510,7 +510,7 @@ print("three steps: the same batches, the same scores, the same policy as the li
 # %% [markdown]
 # ## 5 The dial: epsilon on a real batch
 #
-# Back to the support desk. The shipped run was saved as it was before its tenth step, and so was
+# Back to the support desk. The shipped run was saved as it was before its eighth step, and so was
 # the batch of 128 answers that it then drew. So the real update, one pass in two minibatches,
 # can be taken again and again from the same weights and the same Adam: only epsilon differs. This
 # trains, so it takes a few seconds.
@@ -541,7 +541,7 @@ def real_updates(run, rollout):
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 support = shipped()
-run, batch = support.run_before(10), support.rollout(10)
+run, batch = support.run_before(8), support.rollout(8)
 sweep = {}
 for eps, ratios, kl in real_updates(run, batch):
     sweep[eps] = ratios, kl
@@ -550,7 +550,8 @@ for eps, ratios, kl in real_updates(run, batch):
 
 # %% [markdown]
 # And the end point? On two answers the whole road can be followed: exact expectations in place of
-# samples, the library's loss, Adam on two logits, eight epochs a rollout.
+# samples, the library's loss, Adam on two logits, eight epochs a rollout (with a single step
+# there would be nothing to clip).
 #
 # **Predict.** With $\epsilon = 0.02$ in place of 0.2: how much longer is the road, and where does
 # it end?
@@ -614,17 +615,18 @@ panel.controls["eps"].value = 0.2
 # %%
 outside = max(sweep[0.02][0].max(), 1 / sweep[0.02][0].min())
 print(f"epsilon 0.02 means 2 % either way; the largest move was by a factor of {outside:.1f}")
-assert outside > 1.4
+assert outside > 1.4 and sweep[0.02][1] > 0.4 * sweep[0.8][1]  # the move: a part of it is left
 
 # %% [markdown]
-# The clip is no fence. It takes a token's *own* gradient away once its ratio is outside; the other
-# tokens share the weights and carry it further, and Adam's momentum goes on. A small epsilon
-# bounds the move only in part. And it leaves the end alone: where all advantages are 0 there is
-# nothing to clip.
+# The clip is no fence. The first step on a batch starts where every ratio is 1 and nothing is
+# clipped, so no epsilon makes it shorter; here it is one of two. From then on the clip takes a
+# token's *own* gradient away once its ratio is outside; the other tokens share the weights and
+# carry it further, and Adam's momentum goes on. A small epsilon bounds the move only in part. And
+# it leaves the end alone: where all advantages are 0 there is nothing to clip.
 #
 # **Recall.** Notebook 04 (section 5) found: the penalty as the book writes it, differentiated, has
-# no gradient on average *on the first epoch*, and pushes on in those that follow; at $\beta = 1$
-# the drift was faster than with no penalty.
+# no gradient on average *in the first step on a batch*, and pushes on in those that follow; at
+# $\beta = 1$ the drift was faster than with no penalty.
 #
 # **Predict.** A quarter of that price, $\beta = 0.25$: is it faster, too, or does a small penalty
 # hold back after all?
