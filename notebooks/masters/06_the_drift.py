@@ -371,7 +371,7 @@ for arm, runs in list(arms.items())[::2]:
         (a, b), *_ = np.linalg.lstsq(columns, gold, rcond=None)
         explained = 1 - ((gold - columns @ [a, b]) ** 2).sum() / ((gold - gold.mean()) ** 2).sum()
         print(f"{arm:20} {name:16} a {a:+.2f}  b {b:+.2f}  R2 {explained:.2f}")
-        assert a < 0 and b < 0
+        assert a < 0 and abs(b) < 0.1
     far = gold[(d > 3) & (d < 3.5)]
     print(f"{arm:20} at a distance of 3 to 3.5 gold changed by", end=" ")
     print(f"{far.min():+.1f} to {far.max():+.1f} points")
@@ -381,9 +381,9 @@ for arm, runs in list(arms.items())[::2]:
 # first audit on (a hump within the first ten steps would escape us, the audit comes every ten).
 # Our labelers' bias is against gold from the first token of padding; in Gao's world proxy and
 # gold agree at first. Nor does a fit bring it back. Gao's curve has $\alpha > 0$ (up at first) and
-# $\beta > 0$ (down later); here both forms come out with $\alpha < 0$ *and* $\beta$ a little
-# below 0: a nearly straight fall, not rise and fall. And neither fits well: at one and the same
-# distance runs differ widely, so gold is no function of distance alone.
+# $\beta > 0$ (down later); here both forms come out with $\alpha < 0$ and $\beta$ near 0: a nearly
+# straight fall, not rise and fall. And neither fits well: at one and the same distance runs differ
+# widely, so gold is no function of distance alone.
 #
 # And a warning from theory. Let the proxy $r$ be normal (mean 0, sd 1) and gold $a r - b r^2$ on
 # average. The exact tilt by $e^{\lambda r}$ moves $r$ to mean $\lambda$ at $KL = \lambda^2/2$, so
