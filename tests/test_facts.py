@@ -9,7 +9,7 @@ from fakes_audit import DESK, THANKS, auditor, encoded
 
 from minirlhf.autopsy import Convention
 from minirlhf.desk import Prompt
-from minirlhf.facts import batch_facts, mid_run, pooled_facts
+from minirlhf.facts import batch_facts, clearest, mid_run, pooled_facts
 from minirlhf.rollout import Rollout
 
 PROMPT = Prompt("eta friday . when does it come ? <sep>", "arrival", "brief", "day", "friday", 2)
@@ -144,3 +144,10 @@ def test_the_middle_of_a_run_without_one():
     # a batch without a figure has no say in it
     mixed = [facts(4, 0, 5, None), facts(6, 10, 5, 3.0)]
     assert mid_run(mixed)["kl_verbose_nats"] == 3.0
+
+
+def test_the_clearest_batch_is_the_one_whose_smaller_group_is_largest():
+    rows = [(8, 31, 28), (10, 41, 15), (12, 6, 52), (14, 90, 80)]
+    batches = [{"step": s, "n_verbose": v, "n_concise": c} for s, v, c in rows]
+    assert clearest(batches, [8, 10, 12]) == 8  # not 14, which is none of the three
+    assert clearest(batches, [12, 10]) == 10  # whichever of the two groups is the smaller one
