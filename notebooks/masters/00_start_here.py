@@ -167,7 +167,7 @@ assert batch["advantage_verbose"] > 0 > batch["advantage_concise"]
 # %% [markdown]
 # ## 4 Not one lucky seed
 #
-# One run proves nothing. The whole pipeline was run from other seeds, and again with *fair*
+# One run proves nothing. The whole pipeline was run from ten seeds, and again with *fair*
 # labelers, who have no bias and check every fact: the **control**. Grey: range over the runs;
 # blue: 95 % interval of the mean; diamond: the mean. The settings were chosen while looking at
 # these seeds, so the table describes them; it proves nothing about others. Made by
