@@ -71,4 +71,6 @@ def jobs(folder, n=6, function=compute, **others):
 def run_in_a_session(room, backend):
     """24 slow jobs, in a group of processes that one signal can reach."""
     os.setsid()
+    # a background job of a shell ignores Ctrl-C, and so would everything that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run_jobs(jobs(room / "marks", 24, slow), room / "out", Workers(backend, 2))
