@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf import cores
+from minirlhf.engine import compute
 from minirlhf.generate import sample
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.ppo import PPO, PPOConfig
@@ -65,7 +65,7 @@ def factory(shape: Any, *, eos_rate: float = 0.0) -> Once:
 
     Threads given to torch become cores of ours: chunks side by side, one thread an operation.
     """
-    cores.use(torch.get_num_threads())
+    compute.use(torch.get_num_threads())
     policy = end_at(transformer(shape, 0), eos_rate)
     config = PPOConfig(
         batch=shape.batch,

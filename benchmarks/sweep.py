@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import tyro
 
-from minirlhf import cores
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
+from minirlhf.engine import compute
+from minirlhf.engine.jobs import Workers
 from minirlhf.sweep import Cell, Grid, outcome, run_cells, trajectory
-from minirlhf.workers import Workers
 
 BETAS, CLIPS = (0.02, 0.05, 0.07, 0.2), (0.05, 0.1, 0.2, 0.4)
 
@@ -36,7 +36,7 @@ def cells(by: str, base: DriftConfig) -> list[Cell]:
 
 def one_run(steps: int, threads: int) -> float:
     """Seconds of one default run on so many cores."""
-    cores.use(threads)
+    compute.use(threads)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         Drift(replace(DriftConfig(), steps=steps), Path(folder) / "run").run()
@@ -63,7 +63,7 @@ def sixteen(by: str, steps: int, backend: Literal["loky", "dask"], out: Path, co
 
 def same_alone(by: str, steps: int, out: Path) -> bool:
     """Whether the last cell's row and trajectory are those of the run alone on one thread."""
-    cores.use(1)
+    compute.use(1)
     base = replace(DriftConfig(), steps=steps)
     cell = cells(by, base)[-1]
     run = Drift(cell.recipe(base).config)

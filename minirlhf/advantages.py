@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minirlhf.text import last_token
+
 if TYPE_CHECKING:
     from minirlhf.rollout import Rollout
 
@@ -25,12 +27,6 @@ if TYPE_CHECKING:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the True entries of `mask`, a scalar; 0 where there are none."""
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def last_token(mask: Tensor) -> Tensor:
-    """Index [B] of the last True of each row; -1 for a row that has none."""
-    steps = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
-    return (mask * steps).amax(-1) - 1
 
 
 def shape_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float | Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Tibshirani (1993, "An introduction to the bootstrap", chapter 13) for percentile
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,9 @@ from minirlhf.advantages import (
     shape_rewards,
     whitening_moments,
 )
+from minirlhf.config import PPOConfig
+from minirlhf.engine.intervals import FEWEST, Interval, percentile
 from minirlhf.kl import kl_tokens
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.rollout import Rollout
 
 
@@ -157,17 +158,6 @@ def split(rollout: Rollout, convention: Convention) -> AdvantageParts:
     return whitened(AdvantageParts(*inside), mask, c)
 
 
-FEWEST = 10  # prompts of a kind: with fewer, percentile intervals exclude the truth too often
-
-
-class Interval(NamedTuple):
-    """A mean and its bootstrap interval over prompts (nan limits from fewer than FEWEST)."""
-
-    mean: float
-    low: float
-    high: float
-
-
 @dataclass(frozen=True)
 class Facts:
     """The case's three facts for the matched answers of one stratum."""
@@ -263,18 +253,8 @@ def _intervals(above: np.ndarray, below: np.ndarray, draws: np.ndarray, coverage
         ratios = (draws @ above) / (draws @ below)
     ratios[1:, (below > 0).sum(0) < FEWEST] = np.nan
 
-    def interval(x: np.ndarray) -> Interval:
-        known = x[1:][np.isfinite(x[1:])]  # a draw may lack all answers of a kind
-        tails = [(1 - coverage) / 2, (1 + coverage) / 2]
-        low, high = np.quantile(known, tails) if len(known) else (np.nan, np.nan)
-        return Interval(float(x[0]), float(low), float(high))
+    def interval(x: np.ndarray) -> Interval:  # a draw may lack all answers of a kind: nan
+        return percentile(float(x[0]), x[1:], coverage)
 
     columns, names = (*ratios.T, ratios[:, 0] - ratios[:, 1]), ("verbose", "concise", "gap")
     return {name: interval(x) for name, x in zip(names, columns, strict=True)}
-
-
-def interval(values: np.ndarray, rng: np.random.Generator, coverage: float = 0.95) -> Interval:
-    """Mean of independent values [N], percentile bootstrap interval (nan limits if N < FEWEST)."""
-    draws = rng.choice(values, (2000, len(values))).mean(1) if len(values) >= FEWEST else np.nan
-    low, high = np.quantile(draws, [(1 - coverage) / 2, (1 + coverage) / 2])
-    return Interval(float(np.mean(values)) if len(values) else np.nan, float(low), float(high))

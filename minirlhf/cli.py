@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _drift_run() -> type:
     """The options of `minirlhf drift`; its settings come with torch, which takes a second."""
-    from minirlhf.cores import available
     from minirlhf.drift import DriftConfig
+    from minirlhf.engine.compute import available
 
     @dataclass(frozen=True)
     class DriftRun:
@@ -85,7 +85,7 @@ def _drift_run() -> type:
 
 def _battery_run() -> type:
     """The options of `minirlhf battery`."""
-    from minirlhf.ppo_config import PPOConfig
+    from minirlhf.config import PPOConfig
 
     @dataclass(frozen=True)
     class BatteryRun:
@@ -160,14 +160,14 @@ class CheckRun:
 
 def drift(options: Any) -> int:
     """Run the case, print the two evaluations side by side, write figures and report."""
-    from minirlhf import cores
-    from minirlhf.cores import pick_device
     from minirlhf.desk import Desk
     from minirlhf.drift import Drift
+    from minirlhf.engine import compute
+    from minirlhf.engine.compute import pick_device
 
     if options.threads < 1:
         raise ValueError(f"--threads is {options.threads}; give at least 1")
-    cores.use(options.threads)
+    compute.use(options.threads)
     config = options.config.quick() if options.quick else options.config
     bars, device, desk = Bars(), pick_device(options.device), Desk.load(options.desk)
     chosen = {"device": device, "desk": desk, "resume": options.resume}
@@ -180,9 +180,9 @@ def drift(options: Any) -> int:
         bars.close()
     import pandas as pd
 
+    from minirlhf.engine.files import write_atomic, write_text
     from minirlhf.lab.plots import drift_figure
     from minirlhf.lab.report import QUICK, report_html
-    from minirlhf.store import write_atomic, write_text
 
     figure = drift_figure(summary)
     write_atomic(options.out / "drift.png", lambda p: figure.savefig(p, format="png", dpi=150))
@@ -223,11 +223,11 @@ def check(options: CheckRun) -> int:
 
 def battery(options: Any) -> int:
     """Diagnose the settings, and print the evidence line by line."""
-    from minirlhf import cores
     from minirlhf.battery import battery as judge
+    from minirlhf.engine import compute
     from minirlhf.two_answers import TwoAnswerDesk
 
-    cores.use(1)  # eight prompts: more cores only wait for one another
+    compute.use(1)  # eight prompts: more cores only wait for one another
     given = {"refresh": options.refresh, "seed": options.seed}
     desk = TwoAnswerDesk(options.ppo, options.gap, **given)
     print(

@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from minirlhf.deskfile import PARTS, STRATA, DeskError, DeskSpec, Intent, read_desk
+from minirlhf.engine.files import data_folder
 from minirlhf.text import Vocabulary, left_pad
 
 __all__ = ["STRATA", "Desk", "DeskError", "Grade", "Prompt"]
@@ -82,10 +83,7 @@ class Desk:
     @classmethod
     def load(cls, path: str | Path | None = None) -> "Desk":
         """The desk of a file, or the one that ships with the package. Raises DeskError."""
-        here = Path(__file__).parent
-        shipped = (here.parent / "data" / "desk.toml", here / "data" / "desk.toml")
-        found = Path(path) if path else next((p for p in shipped if p.is_file()), shipped[0])
-        return cls(read_desk(found))
+        return cls(read_desk(Path(path) if path else data_folder() / "desk.toml"))
 
     # ------------------------------------------------------------------ prompts
     def prompts(self, n: int, rng: np.random.Generator, stratum: str | None = None) -> list[Prompt]:

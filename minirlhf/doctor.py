@@ -23,8 +23,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from minirlhf.engine.files import PACKAGE, data_folder
+
 Status = Literal["OK", "WARN", "FAIL"]
-HOME = Path(__file__).resolve().parent.parent
+HOME = PACKAGE.parent
 INSTALL = 'pip install -c constraints.txt -e ".[dev]"'
 
 
@@ -157,9 +159,8 @@ def _widgets() -> Row:
 
 
 def _data_folder(home: Path) -> Path:
-    """Return the checkout's data/, or the copy inside an installed wheel."""
-    inside = Path(__file__).resolve().parent / "data"
-    return inside if home == HOME and inside.is_dir() else home / "data"
+    """This installation's data/, or that of another checkout."""
+    return data_folder() if home == HOME else home / "data"
 
 
 def _data(folder: Path) -> Row:

@@ -9,42 +9,13 @@ variants with another length convention (SimPO, R-DPO).
 Source: Rafailov et al. (2023, arXiv 2305.18290, equations 5 to 7).
 """
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.config import DPOConfig
 from minirlhf.model import Transformer, response_logprobs
-from minirlhf.reward import (
-    Progress,
-    RankedPairs,
-    RewardConfig,
-    RewardModel,
-    both_answers,
-    train_reward,
-)
-
-
-@dataclass(frozen=True)
-class DPOConfig(RewardConfig):
-    """How a policy is trained on pairs directly; steps and rates as in a reward model's fit."""
-
-    section: ClassVar = "dpo"
-    beta: float = 0.1
-    """price of moving away from the reference, nats of label per nat of log-ratio"""
-    epochs: int = 1
-    """passes over the pairs"""
-    lr: float = 2e-4
-    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
-    weight_decay: float = 0.0
-    """AdamW decay; the reference was trained without"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"dpo.beta is {self.beta}; it must be positive")
+from minirlhf.reward import Progress, RankedPairs, RewardModel, both_answers, train_reward
 
 
 def dpo_loss(

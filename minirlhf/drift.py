@@ -20,22 +20,14 @@ from torch import Tensor
 
 from minirlhf.audit import Sampled
 from minirlhf.autopsy import Convention
+from minirlhf.checkpoints import load_rollout, save_model, save_rollout
 from minirlhf.critic import fit_critic
 from minirlhf.drift_config import DriftConfig
+from minirlhf.engine.files import load_tensors, plain, save_tensors, write_json, write_table
 from minirlhf.facts import batch_facts, mid_run, pooled_facts
 from minirlhf.model import Transformer
 from minirlhf.ppo import PPO
 from minirlhf.rollout import Rollout
-from minirlhf.store import (
-    load_rollout,
-    load_tensors,
-    plain,
-    save_model,
-    save_rollout,
-    save_tensors,
-    write_json,
-    write_table,
-)
 from minirlhf.upstream import Upstream
 
 

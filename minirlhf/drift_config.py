@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from minirlhf.audit import AuditConfig
-from minirlhf.ppo_config import PPOConfig
+from minirlhf.config import PPOConfig
 from minirlhf.preferences import PreferenceConfig
 from minirlhf.reward import RewardConfig
 from minirlhf.sft import SFTConfig

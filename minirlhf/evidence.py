@@ -23,8 +23,11 @@ from torch import Tensor
 
 from minirlhf.advantages import masked_mean
 from minirlhf.autopsy import Convention, split
+from minirlhf.checkpoints import load_rollout
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
+from minirlhf.engine.files import load_tensors, read_json
+from minirlhf.engine.jobs import Report, Workers, run_jobs
 from minirlhf.facts import kinds
 from minirlhf.model import response_states
 from minirlhf.ppo import price_and_credit, treat_missing_eos
@@ -32,10 +35,8 @@ from minirlhf.push import CLASSES, Push, push, reference_entropy, token_classes
 from minirlhf.recipe import Recipe, changed
 from minirlhf.remedies import FAULTS, REMEDIES, stack
 from minirlhf.rollout import Rollout
-from minirlhf.store import load_rollout, load_tensors, read_json
 from minirlhf.sweep import Cell, Row, run_cells, workplace
 from minirlhf.whatif import follow
-from minirlhf.workers import Report, Workers, run_jobs
 
 STACKS = ("counterfactual_length+covariate", "matched+larger_beta")
 EVERY_ARM = (*REMEDIES, "fair", *STACKS)

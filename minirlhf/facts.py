@@ -18,8 +18,9 @@ from torch import Tensor
 
 from minirlhf.advantages import AdvantageParts
 from minirlhf.audit import AuditConfig, Auditor, grade, mean_or_nan
-from minirlhf.autopsy import Convention, Facts, interval, split, three_facts
+from minirlhf.autopsy import Convention, Facts, split, three_facts
 from minirlhf.desk import Desk, Prompt
+from minirlhf.engine.intervals import bootstrap_mean as interval
 from minirlhf.rollout import Rollout, concat
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.model import HIDDEN, Transformer
+from minirlhf.engine.packing import HIDDEN
+from minirlhf.model import Transformer
 from minirlhf.text import PAD
 
 SHRINK_BELOW = 0.75  # rows still running, as a share, under which the cache is packed anew

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from minirlhf.workers import Workers
+from minirlhf.engine.jobs import Workers
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _bars():
 def seeds(options: SeedsRun) -> int:
     """Run both arms of every seed and write the table of claims."""
     from minirlhf.drift import DriftConfig
+    from minirlhf.engine.files import write_json, write_text
     from minirlhf.seeds import FRESH, NOTE, markdown, run_seeds, table
-    from minirlhf.store import write_json, write_text
     from minirlhf.sweep import claim
 
     wanted = [*range(options.seeds), *range(FRESH, FRESH + options.fresh)]
@@ -180,10 +180,10 @@ def remedies(options: RemediesRun) -> int:
     import pandas as pd
 
     from minirlhf.drift_config import DriftConfig
+    from minirlhf.engine.files import write_table, write_text
     from minirlhf.evidence import EVERY_ARM, run_remedies
     from minirlhf.remedy_table import agreement, markdown, repaired
     from minirlhf.shipped import ship
-    from minirlhf.store import write_table, write_text
     from minirlhf.sweep import claim
 
     base = DriftConfig(steps=options.steps)

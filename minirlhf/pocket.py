@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minirlhf.config import PPOConfig
 from minirlhf.kl import Estimator, kl_tokens
 from minirlhf.model import Transformer, TransformerConfig, response_outputs
 from minirlhf.oracle import tilt
 from minirlhf.ppo import PPO, Scorer, Step
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.sft import SFTConfig, train_sft
 from minirlhf.text import EOS
 

@@ -30,12 +30,12 @@ from minirlhf.advantages import (
     shape_rewards,
     whiten,
 )
+from minirlhf.config import PPOConfig
+from minirlhf.engine.adamw import FlatAdamW
 from minirlhf.generate import sample
 from minirlhf.kl import AdaptiveKL, FixedKL, kl_tokens
 from minirlhf.metrics import summarise, update_metrics
 from minirlhf.model import Transformer, response_logprobs
-from minirlhf.optim import FlatAdamW
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.rollout import Rollout
 from minirlhf.text import EOS
 

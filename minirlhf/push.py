@@ -27,10 +27,10 @@ from torch import Tensor
 
 from minirlhf.advantages import AdvantageParts
 from minirlhf.autopsy import demand
+from minirlhf.config import PPOConfig
 from minirlhf.kl import kl_tokens
 from minirlhf.model import CHUNK, Transformer, response_logprobs, response_outputs
 from minirlhf.ppo import PPO, aggregate, ppo_policy_loss, value_loss
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.rollout import Rollout
 
 Answers = tuple[Tensor, Tensor, Tensor]  # prompts, responses, mask

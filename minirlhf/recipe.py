@@ -19,10 +19,10 @@ import numpy as np
 from torch import Tensor
 
 from minirlhf.drift_config import DriftConfig
+from minirlhf.engine.files import plain
 from minirlhf.ppo import Scorer
 from minirlhf.preferences import Pairs
 from minirlhf.reward import train_reward
-from minirlhf.store import plain
 
 if TYPE_CHECKING:
     from minirlhf.drift import Drift

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from minirlhf.desk import STRATA
+from minirlhf.engine.intervals import student_t
 from minirlhf.evidence import PARTS
 from minirlhf.remedies import ARMS, REMEDIES
 
@@ -24,7 +24,6 @@ Column = Callable[[pd.DataFrame], pd.Series]
 LENGTH = 0.30  # brief answers this close to the reference's length, as a share of it
 GOLD = -0.05  # and no worse than this, in points
 STEPS = 0.80  # and detailed answers with this share of the reference's steps
-COVERAGE = 0.95
 PREDICTED = ("push_verbose", "final_brief_length_tokens")
 
 
@@ -88,14 +87,6 @@ def measured(rows: pd.DataFrame, names: Sequence[str] = tuple(MEASURES)) -> pd.D
     return pd.DataFrame({"remedy": rows["remedy"], "seed": rows["seed"], **columns})
 
 
-def interval(values: np.ndarray) -> dict[str, float]:
-    """mean, low, high (95 % Student t; nan limits below two values) and n of what is known."""
-    known = values[~np.isnan(values)]
-    n, mean = len(known), float(known.mean()) if len(known) else np.nan
-    half = stats.t.ppf((1 + COVERAGE) / 2, n - 1) * stats.sem(known) if n > 1 else np.nan
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
-
-
 def summarise(rows: pd.DataFrame, names: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
     """Long: remedy, measure, mean, low, high, n; the arms in the order of remedies.py."""
     each = measured(rows, names)
@@ -105,7 +96,9 @@ def summarise(rows: pd.DataFrame, names: Sequence[str] = tuple(MEASURES)) -> pd.
     for remedy in order:
         of = each.loc[each["remedy"] == remedy]
         for name in names:
-            found.append({"remedy": remedy, "measure": name, **interval(of[name].to_numpy())})
+            values = of[name].to_numpy()
+            row = {"remedy": remedy, "measure": name, **student_t(values)._asdict()}
+            found.append(row | {"n": int((~np.isnan(values)).sum())})
     return pd.DataFrame(found)
 
 
@@ -136,10 +129,10 @@ def agreement(rows: pd.DataFrame) -> pd.DataFrame:
             continue
         pair = of.merge(rows[rows["remedy"] == fault], on="seed", suffixes=("", "_before"))
         push, end = ((pair[k] - pair[f"{k}_before"]).astype(float).to_numpy() for k in PREDICTED)
-        moved, row = interval(end), {"remedy": remedy, "push": float(np.mean(push))}
-        row |= {"moved": moved["mean"], "low": moved["low"], "high": moved["high"]}
-        row["told"] = moved["low"] > 0 or moved["high"] < 0
-        found.append(row | {"agrees": bool(np.sign(row["push"]) == np.sign(row["moved"]))})
+        moved, row = student_t(end), {"remedy": remedy, "push": float(np.mean(push))}
+        row |= {"moved": moved.mean, "low": moved.low, "high": moved.high}
+        row["told"] = moved.low > 0 or moved.high < 0
+        found.append(row | {"agrees": bool(np.sign(row["push"]) == np.sign(moved.mean))})
     return pd.DataFrame(found)
 
 
@@ -153,11 +146,11 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for remedy, seeds in of.groupby("remedy", sort=False):
         push = float(seeds["push_verbose"].astype(float).mean())
-        moved = interval(seeds["step"].astype(float).to_numpy())
-        told = moved["low"] > 0 or moved["high"] < 0
-        row = {"remedy": remedy, "push": push, "moved": moved["mean"], "low": moved["low"]}
-        row |= {"high": moved["high"], "told": told}
-        found.append(row | {"agrees": bool(np.sign(push) == np.sign(moved["mean"]))})
+        moved = student_t(seeds["step"].astype(float).to_numpy())
+        told = moved.low > 0 or moved.high < 0
+        row = {"remedy": remedy, "push": push, "moved": moved.mean, "low": moved.low}
+        row |= {"high": moved.high, "told": told}
+        found.append(row | {"agrees": bool(np.sign(push) == np.sign(moved.mean))})
     return pd.DataFrame(found)
 
 

@@ -10,17 +10,15 @@ Sources: Bradley and Terry (1952); Stiennon et al. (2020, arXiv 2009.01325, sect
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minirlhf.config import RewardConfig
+from minirlhf.engine.adamw import FlatAdamW, learning_rate
 from minirlhf.model import Transformer, answer_scalars
-from minirlhf.optim import FlatAdamW, learning_rate
-from minirlhf.store import build_model
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -38,33 +36,6 @@ class RankedPairs(Protocol):
     def rejected(self) -> Tensor: ...  # noqa: D102
     @property
     def rejected_mask(self) -> Tensor: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How the reward model is trained."""
-
-    section: ClassVar = "reward"
-    """what these settings are called in messages and metrics"""
-    epochs: int = 2
-    """passes over the pairs"""
-    batch: int = 64
-    """pairs in a step"""
-    lr: float = 2e-3
-    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
-    weight_decay: float = 0.01
-    """AdamW decay"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:  # NaN fails too
-                given = f"{self.section}.{name} is {getattr(self, name)}"
-                raise ValueError(f"{given}; it must be positive")
-        if not self.weight_decay >= 0:
-            given = f"{self.section}.weight_decay is {self.weight_decay}"
-            raise ValueError(f"{given}; it must be at least 0")
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor = 0.0) -> Tensor:
@@ -183,11 +154,3 @@ def ranking_accuracy(model: RewardModel, pairs: RankedPairs) -> float:
     """Share of pairs whose winner scores higher; a tie counts one half."""
     chosen, rejected = score_pairs(model, pairs)
     return ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item()
-
-
-def reward_from(
-    tensors: dict[str, Tensor], meta: dict[str, Any], vocabulary: str, source: Path
-) -> RewardModel:
-    """The reward model of a checkpoint, on its scale."""
-    trunk = build_model(tensors, meta, vocabulary=vocabulary, source=source)
-    return RewardModel(trunk, **meta["scale"])

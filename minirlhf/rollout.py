@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirlhf.advantages import last_token
+from minirlhf.text import last_token
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minirlhf.drift import Drift, DriftConfig
-from minirlhf.workers import Report, Workers, run_jobs
+from minirlhf.engine.intervals import bootstrap_mean
+from minirlhf.engine.jobs import Report, Workers, run_jobs
 
 Summary = dict[str, Any]
 FRESH = 100  # the first of the seeds at which no setting was chosen
@@ -210,11 +211,8 @@ def _spread(values: np.ndarray) -> dict[str, float | None]:
     """Mean, its 95 % percentile bootstrap interval, and range; None where no run has a value."""
     if not len(values):
         return dict.fromkeys(("mean", "low", "high", "least", "most"))
-    rng = np.random.default_rng(0)
-    means = rng.choice(values, (4000, len(values))).mean(1)
-    low, high = (float(np.quantile(means, q)) for q in (0.025, 0.975))
-    least, most = float(values.min()), float(values.max())
-    return {"mean": float(values.mean()), "low": low, "high": high, "least": least, "most": most}
+    found = bootstrap_mean(values, np.random.default_rng(0), draws=4000, fewest=1)
+    return {**found._asdict(), "least": float(values.min()), "most": float(values.max())}
 
 
 def _threshold(claim: Claim) -> str:

@@ -9,34 +9,13 @@ Source: Ouyang et al. (2022, arXiv 2203.02155, section 3.5).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minirlhf.config import SFTConfig
+from minirlhf.engine.adamw import FlatAdamW, learning_rate
 from minirlhf.model import Transformer, response_heads, token_logprobs
-from minirlhf.optim import FlatAdamW, learning_rate
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """How the reference is trained."""
-
-    demonstrations: int = 12_000
-    """prompt-answer pairs drawn from the desk"""
-    steps: int = 400
-    """optimiser steps"""
-    batch: int = 64
-    """demonstrations in a step"""
-    lr: float = 6e-3
-    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-
-    def __post_init__(self) -> None:
-        for name in ("demonstrations", "steps", "batch", "lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:  # NaN fails too
-                raise ValueError(f"sft.{name} is {getattr(self, name)}; it must be positive")
 
 
 def train_sft(

@@ -20,26 +20,25 @@ from typing import Any
 import numpy as np
 
 from minirlhf.audit import Auditor
+from minirlhf.checkpoints import load_model, load_rollout, reward_from, save_model
 from minirlhf.desk import Desk, Prompt
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
-from minirlhf.facts import clearest
-from minirlhf.model import Transformer
-from minirlhf.ppo import PPO
-from minirlhf.preferences import relabel
-from minirlhf.reward import RewardModel, reward_from, train_reward
-from minirlhf.rollout import Rollout
-from minirlhf.store import (
-    load_model,
-    load_rollout,
+from minirlhf.engine.files import (
+    data_folder,
     load_tensors,
     read_json,
-    save_model,
     sha256,
     write_atomic,
     write_json,
     write_table,
 )
+from minirlhf.facts import clearest
+from minirlhf.model import Transformer
+from minirlhf.ppo import PPO
+from minirlhf.preferences import relabel
+from minirlhf.reward import RewardModel, train_reward
+from minirlhf.rollout import Rollout
 from minirlhf.upstream import Progress
 
 COMMAND = "minirlhf data"
@@ -47,12 +46,6 @@ DIALS = (0.0, 0.02, 0.035, 0.0455, 0.06, 0.08)  # length bias, points a token; 0
 OURS = ("reward_bias_*.safetensors", "drift/policy_*.safetensors")
 OURS += ("rollouts/step_*.safetensors", "before/step_*.safetensors")
 BATCHES = 3  # the mid-run batch, the one before and the one after
-
-
-def data_folder() -> Path:
-    """data/ beside the package in a checkout, or inside it in an installed wheel."""
-    here = Path(__file__).resolve().parent
-    return next((p for p in (here.parent / "data", here / "data") if p.is_dir()), here / "data")
 
 
 class Shipped:

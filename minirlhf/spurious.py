@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minirlhf.autopsy import Interval
+from minirlhf.engine.intervals import Interval, percentile
 
 Table = Mapping[str, np.ndarray]
 MEANS = ("length_tokens", "gold", "correct", "direct", "evasive", "hedged")
@@ -115,14 +115,7 @@ def over_prompts(
     for _ in range(draws if size > 1 else 0):
         index = rng.integers(size, size=size)
         found.append(measure(*({name: c[index] for name, c in t.items()} for t in known)))
-    return _interval(float(measure(*known)), np.array(found), coverage)
-
-
-def _interval(value: float, found: np.ndarray, coverage: float) -> Interval:
-    found = found[np.isfinite(found)]
-    tails = ((1 - coverage) / 2, (1 + coverage) / 2)
-    low, high = np.quantile(found, tails) if len(found) else (np.nan, np.nan)
-    return Interval(value, float(low), float(high))
+    return percentile(float(measure(*known)), np.array(found), coverage)
 
 
 def rates(
@@ -142,7 +135,7 @@ def rates(
         size = values.shape[1]
         means = values[:, rng.integers(size, size=(draws, size))].mean(2)
         for name, value, drawn in zip(columns, values.mean(1), means, strict=True):
-            shown = _interval(float(value), drawn, coverage)
+            shown = percentile(float(value), drawn, coverage)
             row = {"step": step, "stratum": stratum, "measure": name, "n": size}
             found.append(row | {"value": shown.mean, "low": shown.low, "high": shown.high})
     return found

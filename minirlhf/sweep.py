@@ -7,7 +7,7 @@ Each cell is the run that drift.Drift alone would make, bit for bit: what cells 
 reference of a seed; the reward model of its pairs and rules) is trained once, before them, and a
 cell that finds nothing there trains its own. A run that was killed goes on where it last saved.
 Results are written by the caller alone, so workers elsewhere need no common disk. Left out: which
-processes run them (workers.py), and what a remedy does to one batch (evidence.py).
+processes run them (engine/jobs.py), and what a remedy does to one batch (evidence.py).
 """
 
 import hashlib
@@ -29,12 +29,19 @@ from minirlhf.audit import mean_or_nan
 from minirlhf.desk import STRATA, Desk
 from minirlhf.drift import Drift
 from minirlhf.drift_config import DriftConfig
+from minirlhf.engine.files import (
+    StoreError,
+    plain,
+    read_json,
+    write_atomic,
+    write_json,
+    write_table,
+)
+from minirlhf.engine.jobs import Report, Workers, run_jobs
 from minirlhf.facts import clearest
 from minirlhf.recipe import Recipe, changed, fingerprint
 from minirlhf.remedies import ARMS, stack
-from minirlhf.store import StoreError, plain, read_json, write_atomic, write_json, write_table
 from minirlhf.upstream import Upstream
-from minirlhf.workers import Report, Workers, run_jobs
 
 Row = dict[str, Any]
 SHARED = ("reference", "reward", "member_1", "member_2")

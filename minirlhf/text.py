@@ -94,3 +94,9 @@ def _check_width(row: int, ids: Sequence[int], width: int, kind: str) -> None:
         raise ValueError(
             f"{kind} {row} has {len(ids)} tokens; between 1 and {width} fit: shorten it or widen"
         )
+
+
+def last_token(mask: Tensor) -> Tensor:
+    """Index [B] of the last True of each row; -1 for a row that has none."""
+    steps = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
+    return (mask * steps).amax(-1) - 1

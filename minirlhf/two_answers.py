@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirlhf.config import PPOConfig
+from minirlhf.engine.adamw import FlatAdamW
 from minirlhf.model import Transformer, TransformerConfig
-from minirlhf.optim import FlatAdamW
 from minirlhf.ppo import PPO, price_and_credit
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.rollout import Rollout
 from minirlhf.subject import Changes, Trace
 

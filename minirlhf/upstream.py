@@ -22,22 +22,15 @@ import numpy as np
 import torch
 
 from minirlhf.audit import Auditor, answer, judge, texts
+from minirlhf.checkpoints import build_model, reward_from, save_model
 from minirlhf.desk import Desk, Prompt
 from minirlhf.drift_config import DriftConfig
+from minirlhf.engine.files import StoreError, load_tensors, plain, read_json, write_json
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.preferences import Pairs, PreferenceData, make_pairs, raw_bias
 from minirlhf.recipe import Recipe
-from minirlhf.reward import RewardModel, reward_from
+from minirlhf.reward import RewardModel
 from minirlhf.sft import train_sft
-from minirlhf.store import (
-    StoreError,
-    build_model,
-    load_tensors,
-    plain,
-    read_json,
-    save_model,
-    write_json,
-)
 from minirlhf.text import right_pad
 
 Progress = Callable[[str, int, int, dict[str, float]], None]

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from minirlhf.advantages import AdvantageParts, gae, masked_mean, shape_rewards
 from minirlhf.autopsy import Convention, charged_kl, demand, laid_out, split, whitened
+from minirlhf.config import PPOConfig
 from minirlhf.critic import RIDGE
 from minirlhf.model import response_logprobs
 from minirlhf.ppo import PPO, Scorer, treat_missing_eos
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.push import surrogate_slope, twin
 from minirlhf.rollout import Rollout
 

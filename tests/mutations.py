@@ -35,14 +35,14 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     Mutation(
         "every chunk hands on the gradients of the first",
-        "cores.py",
+        "engine/compute.py",
         "ctx.walks[ctx.number].result()",
         "ctx.walks[0].result()",
         "test_packing.py::test_packed_loss_and_gradient_are_the_plain_ones",
     ),
     Mutation(
         "chunks come back in the order in which they were started",
-        "cores.py",
+        "engine/compute.py",
         "for task in reversed(started)",
         "for task in started",
         "test_packing.py::test_packed_loss_and_gradient_are_the_plain_ones",
@@ -63,7 +63,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a worker thread computes with the gradient mode of a fresh thread",
-        "cores.py",
+        "engine/compute.py",
         "torch.inference_mode(inference), torch.set_grad_enabled(bool(learners))",
         "torch.set_grad_enabled(True)",
         "test_cores.py::test_workers_have_the_gradient_mode_of_who_asks",
@@ -266,7 +266,7 @@ MUTATIONS = [
     ),
     Mutation(
         "Adam without bias correction",
-        "optim.py",
+        "engine/adamw.py",
         "scale = self.lr / (1 - b1**self.steps)",
         "scale = self.lr",
         "test_optim.py::test_twenty_steps_equal_torch",
@@ -463,7 +463,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a file is written where it is read",
-        "store.py",
+        "engine/files.py",
         "        write(scratch)\n        scratch.replace(path)\n",
         "        write(path)\n",
         "test_store.py::test_a_full_disk_leaves_the_old_file_and_no_scrap",

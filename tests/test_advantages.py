@@ -13,7 +13,6 @@ from minirlhf.advantages import (
     decompose_advantages,
     gae,
     grpo_advantages,
-    last_token,
     masked_mean,
     rescale,
     rloo_advantages,
@@ -21,6 +20,7 @@ from minirlhf.advantages import (
     whiten,
     whitening_moments,
 )
+from minirlhf.text import last_token
 
 
 def tensor(*rows: list[float]) -> Tensor:

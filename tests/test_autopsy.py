@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minirlhf import cores
 from minirlhf.advantages import AdvantageParts
-from minirlhf.autopsy import FEWEST, Convention, interval, split, three_facts
+from minirlhf.autopsy import Convention, split, three_facts
+from minirlhf.engine import compute
+from minirlhf.engine.intervals import FEWEST
+from minirlhf.engine.intervals import bootstrap_mean as interval
 from minirlhf.model import response_logprobs, response_states
 from minirlhf.ppo import PPO, PPOConfig, price_and_credit
 from minirlhf.push import CLASSES, push, reference_entropy, token_classes, twin
@@ -501,10 +503,10 @@ def test_push_is_the_same_on_two_cores():
     run, batch, parts = small_run(6)
     one = push(run, batch, parts, sides(batch), lr=1e-3)["verbose"]
     try:
-        cores.use(2)
+        compute.use(2)
         two = push(run, batch, parts, sides(batch), lr=1e-3)["verbose"]
     finally:
-        cores.use(1)
+        compute.use(1)
     assert one.parts == two.parts and one.measured == two.measured
 
 

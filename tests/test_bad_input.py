@@ -16,13 +16,15 @@ import torch
 from test_cli import SMALL
 from test_drift import TINY, nan_loss, nan_scores, no_scrap, run
 
-from minirlhf import store
+from minirlhf import checkpoints
+from minirlhf.checkpoints import load_model
 from minirlhf.cli import main
 from minirlhf.desk import Desk
 from minirlhf.drift import Drift
+from minirlhf.engine import files as file_module
+from minirlhf.engine.files import load_tensors
 from minirlhf.generate import generate
 from minirlhf.model import Transformer, TransformerConfig
-from minirlhf.store import load_model, load_tensors
 
 DESK_TOML = Path(__file__).parents[1] / "data" / "desk.toml"
 
@@ -79,12 +81,12 @@ def unreadable_desk(tmp_path, patch):
 
 
 def another_vocabulary(tmp_path, patch):
-    store.save_model(tmp_path / "model.safetensors", a_model(), vocabulary="0123")
+    checkpoints.save_model(tmp_path / "model.safetensors", a_model(), vocabulary="0123")
     load_model(tmp_path / "model.safetensors", vocabulary=Desk.load().vocabulary.fingerprint)
 
 
 def truncated(tmp_path, patch):
-    path = store.save_model(tmp_path / "model.safetensors", a_model(), vocabulary="0123")
+    path = checkpoints.save_model(tmp_path / "model.safetensors", a_model(), vocabulary="0123")
     path.write_bytes(path.read_bytes()[:-1])
     load_model(path, vocabulary="0123")
 
@@ -122,7 +124,7 @@ def full_disk(tmp_path, patch):
         path.write_bytes(b"the first half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    patch.setattr(store, "save_file", full)
+    patch.setattr(file_module, "save_file", full)
     run(tmp_path / "run")
 
 

@@ -12,6 +12,7 @@ from fakes import tiny_model
 from PIL import Image
 
 from minirlhf.autopsy import Convention, split
+from minirlhf.config import PPOConfig
 from minirlhf.lab import batch_plots
 from minirlhf.lab.batch import BEFORE, FIRST_WHY, BatchPanel
 from minirlhf.lab.batch_plots import (
@@ -27,7 +28,6 @@ from minirlhf.lab.live import Panel
 from minirlhf.lab.plots import BLUE, ORANGE, VERMILLION
 from minirlhf.model import response_logprobs, response_outputs
 from minirlhf.ppo import PPO
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.push import length_weights, leverage, twin
 from minirlhf.rollout import Rollout
 from minirlhf.shipped import shipped

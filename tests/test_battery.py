@@ -26,10 +26,10 @@ from minirlhf.battery import (
     line,
     verdict,
 )
-from minirlhf.cores import available
+from minirlhf.config import PPOConfig
+from minirlhf.engine.compute import available
 from minirlhf.model import Transformer, response_outputs
 from minirlhf.oracle import two_answer
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.two_answers import P0, QUESTIONS, TwoAnswerDesk, log_odds
 
 BOOK, K3 = PENALTIES["book_literal", "k1"], PENALTIES["loss", "k3"]

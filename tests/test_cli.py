@@ -12,9 +12,10 @@ import pytest
 from test_seeds import summary
 
 import minirlhf
-from minirlhf import cli, cores
+from minirlhf import cli
 from minirlhf.cli import main
 from minirlhf.desk import Desk
+from minirlhf.engine import compute
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"--device": "cpu", "--steps": 2, "--prompts": 30, "--critic-batches": 1, "--ppo.batch": 16}
@@ -26,7 +27,7 @@ SMALL = ["--quick", *(str(word) for option in SMALL.items() for word in option)]
 @pytest.fixture(autouse=True)
 def _threads():
     yield
-    cores.use(1)
+    compute.use(1)
 
 
 def said(capsys, *argv: str) -> tuple[int, str, str]:

@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch
 
-from minirlhf import cores
+from minirlhf.config import PPOConfig
+from minirlhf.engine import compute
 from minirlhf.model import CHUNK, Transformer, TransformerConfig, response_logprobs
 from minirlhf.ppo import PPO
-from minirlhf.ppo_config import PPOConfig
 
 ROWS = 4 * CHUNK + 5  # the last chunk is a short one
 
@@ -16,7 +16,7 @@ ROWS = 4 * CHUNK + 5  # the last chunk is a short one
 @pytest.fixture(autouse=True)
 def _one_core_again():
     yield
-    cores.use(1)
+    compute.use(1)
 
 
 def model(seed=0):
@@ -41,7 +41,7 @@ def loss_of(made):
 
 
 def gradients(made, count):
-    cores.use(count)
+    compute.use(count)
     made.zero_grad()
     loss = loss_of(made)
     loss.backward()
@@ -61,7 +61,7 @@ def test_values_and_gradients_have_the_bits_of_one_core(count):
 def test_ppo_steps_have_the_bits_of_one_core():
     ends = []
     for count in (1, 2):
-        cores.use(count)
+        compute.use(count)
         config = PPOConfig(batch=48, max_new_tokens=12, epochs=1, minibatches=1)
         score = lambda p, r, m: m.sum(-1).float()  # noqa: E731
         run = PPO(model(), model(2), score, batch()[0], config, seed=3)
@@ -80,18 +80,18 @@ def test_chunks_really_run_on_other_threads_and_one_core_uses_none():
         return x
 
     parts = [(torch.ones(2),)] * 3
-    cores.in_chunks(note, parts, [])
+    compute.in_chunks(note, parts, [])
     assert seen == {True}
     seen.clear()
-    cores.use(2)
-    assert torch.equal(cores.in_chunks(note, parts, []), torch.ones(6))
+    compute.use(2)
+    assert torch.equal(compute.in_chunks(note, parts, []), torch.ones(6))
     assert seen == {False}
 
 
 def test_a_retained_graph_is_walked_again_and_a_freed_one_says_so():
     made = model()
     _, expected = gradients(made, 1)
-    cores.use(2)
+    compute.use(2)
     loss = loss_of(made)
     for retain in (True, False):
         made.zero_grad()
@@ -107,7 +107,7 @@ def test_only_parameters_that_learn_get_a_gradient_and_none_without_grad():
     made.blocks[0].requires_grad_(False)
     loss, grads = [], []
     for count in (1, 2):
-        cores.use(count)
+        compute.use(count)
         made.zero_grad()
         loss_of(made).backward()
         grads.append([p.grad for p in made.parameters() if p.requires_grad])
@@ -122,7 +122,7 @@ def test_only_parameters_that_learn_get_a_gradient_and_none_without_grad():
 
 
 def test_workers_have_the_gradient_mode_of_who_asks():
-    cores.use(2)
+    compute.use(2)
     weight, seen = torch.ones(2, requires_grad=True), []
 
     def note(x):
@@ -132,12 +132,12 @@ def test_workers_have_the_gradient_mode_of_who_asks():
     parts = [(torch.ones(2),)] * 3
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
-            cores.in_chunks(note, parts, [weight])
+            compute.in_chunks(note, parts, [weight])
     assert seen == [(True, False)] * 3 + [(False, False)] * 3 + [(False, True)] * 3
 
 
 def test_what_a_chunk_raises_is_raised():
-    cores.use(2)
+    compute.use(2)
     prompts, responses, mask = batch()
     with pytest.raises(ValueError, match="context is 40"):
         response_logprobs(model(), prompts.repeat(1, 4), responses, mask)
@@ -145,4 +145,4 @@ def test_what_a_chunk_raises_is_raised():
 
 def test_no_core_is_refused():
     with pytest.raises(ValueError, match="cannot compute on 0 cores"):
-        cores.use(0)
+        compute.use(0)

@@ -19,17 +19,18 @@ import pandas as pd
 import pytest
 import torch
 
-from minirlhf import store
 from minirlhf.audit import AuditConfig
-from minirlhf.cores import pick_device
+from minirlhf.checkpoints import load_rollout
 from minirlhf.desk import Desk
 from minirlhf.drift import Drift, DriftConfig
-from minirlhf.optim import FlatAdamW
+from minirlhf.engine import files
+from minirlhf.engine.adamw import FlatAdamW
+from minirlhf.engine.compute import pick_device
+from minirlhf.engine.files import StoreError, load_tensors
 from minirlhf.ppo import PPO, PPOConfig, TrainingDiverged
 from minirlhf.preferences import PreferenceConfig
 from minirlhf.reward import RewardConfig, RewardModel
 from minirlhf.sft import SFTConfig
-from minirlhf.store import StoreError, load_rollout, load_tensors
 
 TINY = DriftConfig(
     seed=3,
@@ -401,7 +402,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
 
 @pytest.mark.parametrize("victim", ["config.json", "reference", "ppo", "answers", "summary"])
 def test_a_full_disk_is_one_sentence_and_nothing_half_written(monkeypatch, whole, tmp_path, victim):
-    out, write = tmp_path / "run", store.write_atomic
+    out, write = tmp_path / "run", files.write_atomic
 
     def full(path, save):
         def until_full(scratch):
@@ -412,7 +413,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_half_written(monkeypatch, whole
         return write(path, until_full if path.name.startswith(victim) else save)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_atomic", full)
+        patch.setattr(files, "write_atomic", full)
         with pytest.raises(StoreError, match=r"cannot write .*: No space left") as caught:
             run(out)
     assert "\n" not in str(caught.value) and "free some space" in str(caught.value)

@@ -10,6 +10,7 @@ from test_drift import TINY
 
 from minirlhf.autopsy import Convention, split
 from minirlhf.drift import Drift
+from minirlhf.engine.jobs import Workers
 from minirlhf.evidence import Logged, at_batch, run_remedies
 from minirlhf.facts import kinds
 from minirlhf.model import response_logprobs
@@ -17,7 +18,6 @@ from minirlhf.push import push
 from minirlhf.recipe import Recipe
 from minirlhf.remedies import stack
 from minirlhf.text import right_pad
-from minirlhf.workers import Workers
 
 BASE = replace(
     TINY, ppo=replace(TINY.ppo, batch=16, max_new_tokens=48, kl_target=None, missing_eos="none")

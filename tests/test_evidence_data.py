@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minirlhf.engine.files import data_folder
 from minirlhf.evidence import EVERY_ARM
 from minirlhf.remedies import FAULTS
 from minirlhf.remedy_table import agreement, measured, repaired
-from minirlhf.shipped import data_folder, shipped
+from minirlhf.shipped import shipped
 
 FOLDER = data_folder() / "evidence"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="data/evidence is not there")

@@ -10,14 +10,14 @@ import torch
 from fakes_evidence import sweep_rows
 from PIL import Image
 
+from minirlhf.config import PPOConfig
 from minirlhf.desk import Desk
 from minirlhf.drift import DriftConfig
+from minirlhf.engine.intervals import student_t, student_t_rows
 from minirlhf.lab import explorer as module
 from minirlhf.lab.explorer import CANCEL, LIVE, SweepExplorer, closed_form
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.oracle import two_answer
-from minirlhf.ppo_config import PPOConfig
-from minirlhf.remedy_table import interval
 from minirlhf.reward import RewardModel
 
 DESK = Desk.load()
@@ -77,10 +77,10 @@ def test_ends_over_beta_are_those_of_the_chosen_epsilon_and_bias(panel, tables):
     for ends, column in zip(panel._ends, module.ENDS, strict=True):
         for at, beta in enumerate((0.02, 0.07, 0.2)):
             own = of(sweep, {"beta": beta, "clip": 0.1, "length_bias": 0.0455})[column]
-            found = interval(own.to_numpy())
-            assert ends._mean.get_xydata()[at] == pytest.approx((at, found["mean"]))
+            found = student_t(own.to_numpy())
+            assert ends._mean.get_xydata()[at] == pytest.approx((at, found.mean))
             (_, low), (_, high) = ends._bars.get_segments()[at]
-            assert (low, high) == pytest.approx((found["low"], found["high"]))
+            assert (low, high) == pytest.approx((found.low, found.high))
         assert ends._ring.get_xdata()[0] == 2  # beta 0.2
         assert ends._mean.get_linestyle() == "None"  # nothing between what was computed
 
@@ -95,10 +95,9 @@ def test_advantages_are_drawn_at_the_kept_batches_alone(panel, tables):
 
 def test_the_band_is_the_interval_of_the_means():
     values = np.array([[1.0, 2.0, 6.0, np.nan], [3.0, 5.0, 4.0, 9.0], [7.0, 8.0, np.nan, np.nan]])
-    found = np.transpose(module._intervals(values))
+    found = np.transpose(student_t_rows(values))
     for row, three in zip(values[:2], found, strict=False):
-        one = interval(row)
-        assert tuple(three) == pytest.approx((one["mean"], one["low"], one["high"]))
+        assert tuple(three) == pytest.approx(tuple(student_t(row)))
     assert found[2][0] == 7.5 and np.isnan(found[2][1:]).all()  # two values: no band
 
 

@@ -12,10 +12,10 @@ import torch
 from fakes import fake_rollout
 
 from minirlhf.autopsy import Convention, split
+from minirlhf.config import PPOConfig
 from minirlhf.lab import heatmap
 from minirlhf.lab.batch_table import BatchTable, batch_rows, order
 from minirlhf.lab.heatmap import heat_map, passed_up, shade, token_columns, token_table, visible
-from minirlhf.ppo_config import PPOConfig
 from minirlhf.push import surrogate_slope
 
 NASTY = [

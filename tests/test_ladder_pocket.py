@@ -22,7 +22,7 @@ from pocket_checks import (
 )
 
 from minirlhf.bridge import best_of_n_kl_bound
-from minirlhf.optim import FlatAdamW
+from minirlhf.engine.adamw import FlatAdamW
 from minirlhf.pocket import anneal, pocket_desk, settings, total_variation
 
 pytestmark = pytest.mark.slow

@@ -5,8 +5,8 @@ import torch
 from fakes import tiny_model
 from torch import Tensor, nn
 
-from minirlhf import store
-from minirlhf.optim import FlatAdamW
+from minirlhf.engine import files
+from minirlhf.engine.adamw import FlatAdamW
 
 
 def loss(model: nn.Module, step: int) -> Tensor:
@@ -90,12 +90,12 @@ def test_state_survives_a_file_bit_for_bit(tmp_path):
     optimiser = FlatAdamW(model, lr=1e-2, weight_decay=0.1)
     run(model, optimiser, range(3))
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    path = store.save_tensors(tmp_path / "o", optimiser.state_dict(), {})
+    path = files.save_tensors(tmp_path / "o", optimiser.state_dict(), {})
     run(model, optimiser, range(3, 6))
 
     again = tiny_model(2, dtype=torch.float32)
     resumed = FlatAdamW(again, lr=1e-2, weight_decay=0.1)
     again.load_state_dict(weights)
-    resumed.load_state_dict(store.load_tensors(path)[0])
+    resumed.load_state_dict(files.load_tensors(path)[0])
     run(again, resumed, range(3, 6))
     assert torch.equal(flat(model), flat(again))

@@ -10,8 +10,8 @@ from fakes import dense, ragged_batch, tiny_model
 from torch import Tensor
 
 from minirlhf import model as model_module
-from minirlhf.advantages import last_token
 from minirlhf.model import Transformer, answer_scalars, response_logprobs
+from minirlhf.text import last_token
 
 
 def batch(name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from fakes import fake_rollout, tiny_model
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minirlhf import store
+from minirlhf.engine import files
 from minirlhf.model import Transformer, TransformerConfig, response_logprobs
 from minirlhf.ppo import PPO, PPOConfig, TrainingDiverged
 from minirlhf.rollout import Rollout
@@ -228,14 +228,14 @@ def test_a_run_resumed_from_a_file_ends_bit_for_bit_the_same(tmp_path, config):
     run = start(config)
     for _ in range(2):
         run.step()
-    path = store.save_tensors(tmp_path / "run.safetensors", run.state_dict(), {})
+    path = files.save_tensors(tmp_path / "run.safetensors", run.state_dict(), {})
     ahead = [untimed(run.step().metrics) for _ in range(3)]
 
     again = start(config, seed=99)
     with torch.no_grad():
         for p in again.policy.parameters():
             p.add_(1.0)  # nothing of its own may survive
-    again.load_state_dict(store.load_tensors(path)[0])
+    again.load_state_dict(files.load_tensors(path)[0])
     assert again.steps == 2
     assert [untimed(again.step().metrics) for _ in range(3)] == ahead
     assert torch.equal(weights(run.policy), weights(again.policy))

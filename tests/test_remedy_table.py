@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 
 from minirlhf.desk import STRATA
+from minirlhf.engine.intervals import student_t
 from minirlhf.evidence import PARTS
 from minirlhf.remedy_table import (
     MEASURES,
     agreement,
-    interval,
     levels,
     markdown,
     measured,
@@ -39,12 +39,10 @@ def row(remedy: str, seed: int, **given) -> dict:
 def test_student_interval_by_hand():
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     half = 2.7764451 * np.sqrt(2.5 / 5)  # t(0.975, 4) from the printed table
-    found = interval(values)
-    assert found == pytest.approx({"mean": 3.0, "low": 3 - half, "high": 3 + half, "n": 5})
-    assert interval(np.array([np.nan, 7.0]))["n"] == 1 and np.isnan(
-        interval(np.array([7.0]))["low"]
-    )
-    assert np.isnan(interval(np.array([]))["mean"])
+    assert student_t(values) == pytest.approx((3.0, 3 - half, 3 + half))
+    one = student_t(np.array([np.nan, 7.0]))
+    assert one.mean == 7.0 and np.isnan(one.low) and np.isnan(one.high)
+    assert np.isnan(student_t(np.array([])).mean)
 
 
 def test_changes_are_paired_with_the_reference_of_the_same_run():

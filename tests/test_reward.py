@@ -8,7 +8,7 @@ import torch
 from fakes import ragged_batch, tiny_model
 from torch import Tensor
 
-from minirlhf import store
+from minirlhf.engine import files
 from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.reward import (
     RewardConfig,
@@ -89,9 +89,9 @@ def test_scores_depend_on_neither_padding_nor_chunks_nor_neighbours():
 
 def test_the_scale_is_saved_with_the_weights(tmp_path):
     model = RewardModel(tiny_model(), mean=0.3, sd=1.7)
-    path = store.save_tensors(tmp_path / "rm", model.state_dict(), {})
+    path = files.save_tensors(tmp_path / "rm", model.state_dict(), {})
     again = RewardModel(tiny_model(5))
-    again.load_state_dict(store.load_tensors(path)[0])
+    again.load_state_dict(files.load_tensors(path)[0])
     batch = ragged_batch(1)
     assert torch.equal(again.score(*batch), model.score(*batch))
 

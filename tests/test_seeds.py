@@ -9,8 +9,8 @@ import pytest
 
 from minirlhf import seeds
 from minirlhf.drift import DriftConfig
+from minirlhf.engine.jobs import Workers
 from minirlhf.seeds import CONTROL, DRIFT, markdown, run_seeds, table
-from minirlhf.workers import Workers
 
 
 def stratum(length: float, gold: float, direct: float, evasion: float) -> dict:

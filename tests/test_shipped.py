@@ -10,12 +10,12 @@ import torch
 from test_drift import TINY, strict
 
 from minirlhf import shipped as module
-from minirlhf import store
 from minirlhf.audit import Auditor, answer, grade
 from minirlhf.desk import DeskError
 from minirlhf.drift import DriftConfig
-from minirlhf.shipped import BATCHES, COMMAND, DIALS, build, data_folder, shipped
-from minirlhf.store import StoreError, sha256
+from minirlhf.engine import files as file_module
+from minirlhf.engine.files import StoreError, data_folder, sha256
+from minirlhf.shipped import BATCHES, COMMAND, DIALS, build, shipped
 
 DATA = Path(__file__).parents[1] / "data"
 MADE = (DATA / "MANIFEST.json").is_file()
@@ -210,7 +210,7 @@ def test_a_rebuild_removes_what_is_stale_and_nothing_else(built, tmp_path):
     ]
     stale = [folder / "drift" / "policy_999.safetensors", folder / "reward_bias_9999.safetensors"]
     for path in (*kept, *stale):
-        store.write_text(path, "[]")
+        file_module.write_text(path, "[]")
     build(folder, config=TINY)
     assert all(path.read_text(encoding="utf-8") == "[]" for path in kept)
     assert not any(path.exists() for path in stale)
@@ -222,7 +222,7 @@ def test_a_rebuild_removes_what_is_stale_and_nothing_else(built, tmp_path):
 def test_a_build_that_fails_at_its_last_part_leaves_the_old_data(built, tmp_path, monkeypatch):
     folder = folder_of(tmp_path, "data")
     for name, data in contents(built).items():
-        store.write_atomic(folder / name, lambda path, data=data: path.write_bytes(data))
+        file_module.write_atomic(folder / name, lambda path, data=data: path.write_bytes(data))
     save = module.save_model
 
     def full(path, *given, **options):
@@ -248,7 +248,7 @@ def test_bad_folders_are_one_sentence(tmp_path):
 def test_data_of_another_desk_is_refused(built, tmp_path):
     folder = folder_of(tmp_path, "data")
     for name, data in contents(built).items():
-        store.write_atomic(folder / name, lambda path, data=data: path.write_bytes(data))
+        file_module.write_atomic(folder / name, lambda path, data=data: path.write_bytes(data))
     text = (folder / "desk.toml").read_text(encoding="utf-8").replace("pounds", "euros")
     (folder / "desk.toml").write_text(text, encoding="utf-8")
     for read in (lambda c: c.reference, lambda c: c.policy(2), lambda c: c.reward_model()):

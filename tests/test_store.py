@@ -12,8 +12,9 @@ import pytest
 import torch
 from fakes import fake_rollout, tiny_model
 
-from minirlhf import store
-from minirlhf.store import StoreError
+from minirlhf import checkpoints
+from minirlhf.engine import files
+from minirlhf.engine.files import StoreError
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,8 +31,8 @@ def test_tensors_come_back_bit_for_bit_with_their_notes(tmp_path):
         "scalar": torch.tensor(7),
     }
     tensors["alias"] = tensors["f32"]  # shared storage is refused by safetensors itself
-    path = store.save_tensors(tmp_path / "deep" / "x.safetensors", tensors, {"step": 3, "ä": "ö"})
-    loaded, meta = store.load_tensors(path)
+    path = files.save_tensors(tmp_path / "deep" / "x.safetensors", tensors, {"step": 3, "ä": "ö"})
+    loaded, meta = files.load_tensors(path)
     assert meta == {"step": 3, "ä": "ö"} and loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
@@ -39,84 +40,86 @@ def test_tensors_come_back_bit_for_bit_with_their_notes(tmp_path):
 
 def test_model_round_trip_and_the_vocabulary_it_belongs_to(tmp_path):
     model = tiny_model(3, dtype=torch.float32)
-    path = store.save_model(tmp_path / "m.safetensors", model, vocabulary="abc", seed=4)
-    again = store.load_model(path, vocabulary="abc")
+    path = checkpoints.save_model(tmp_path / "m.safetensors", model, vocabulary="abc", seed=4)
+    again = checkpoints.load_model(path, vocabulary="abc")
     assert again.config == model.config
     tokens = torch.tensor([[0, 3, 4, 2]])
     for a, b in zip(model(tokens), again(tokens), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(StoreError, match=r"another vocabulary \(abc, .* xyz\): use the desk.toml"):
-        store.load_model(path, vocabulary="xyz")
-    assert store.load_tensors(path)[1]["seed"] == 4
+        checkpoints.load_model(path, vocabulary="xyz")
+    assert files.load_tensors(path)[1]["seed"] == 4
 
 
 def test_rollout_round_trip(tmp_path):
     rollout = fake_rollout(0)
-    path = store.save_rollout(tmp_path / "r.safetensors", rollout, beta=0.05)
-    again, meta = store.load_rollout(path)
+    path = checkpoints.save_rollout(tmp_path / "r.safetensors", rollout, beta=0.05)
+    again, meta = checkpoints.load_rollout(path)
     assert meta["beta"] == 0.05 and again.tensors().keys() == rollout.tensors().keys()
     for name, tensor in rollout.tensors().items():
         assert torch.equal(getattr(again, name), tensor), name
 
 
 def test_the_wrong_kind_of_file_is_named(tmp_path):
-    model = store.save_model(tmp_path / "m.st", tiny_model(), vocabulary="v")
-    rollout = store.save_rollout(tmp_path / "r.st", fake_rollout(0))
-    foreign = store.save_tensors(tmp_path / "f.st", {"x": torch.zeros(1)}, {})
+    model = checkpoints.save_model(tmp_path / "m.st", tiny_model(), vocabulary="v")
+    rollout = checkpoints.save_rollout(tmp_path / "r.st", fake_rollout(0))
+    foreign = files.save_tensors(tmp_path / "f.st", {"x": torch.zeros(1)}, {})
     with pytest.raises(StoreError, match=r"r.st holds a rollout, not a model"):
-        store.load_model(rollout, vocabulary="v")
+        checkpoints.load_model(rollout, vocabulary="v")
     with pytest.raises(StoreError, match=r"m.st holds a model, not a rollout"):
-        store.load_rollout(model)
-    for load in (store.load_rollout, lambda p: store.load_model(p, vocabulary="v")):
+        checkpoints.load_rollout(model)
+    for load in (checkpoints.load_rollout, lambda p: checkpoints.load_model(p, vocabulary="v")):
         with pytest.raises(StoreError, match="foreign file"):
             load(foreign)
 
 
 def test_a_model_of_other_sizes_than_it_says_is_refused(tmp_path):
-    meta = store.load_tensors(store.save_model(tmp_path / "m", tiny_model(), vocabulary="v"))[1]
+    meta = files.load_tensors(checkpoints.save_model(tmp_path / "m", tiny_model(), vocabulary="v"))[
+        1
+    ]
     broken = [
         {**meta, "config": {**meta["config"], "d_model": 16}},
         {**meta, "config": {**meta["config"], "layers": 2}},
         {"kind": "model", "vocabulary": "v"},
     ]
     for i, notes in enumerate(broken):
-        path = store.save_tensors(tmp_path / f"b{i}", tiny_model().state_dict(), notes)
+        path = files.save_tensors(tmp_path / f"b{i}", tiny_model().state_dict(), notes)
         with pytest.raises(StoreError, match=r"b\d does not hold the model it describes") as error:
-            store.load_model(path, vocabulary="v")
+            checkpoints.load_model(path, vocabulary="v")
         assert "\n" not in str(error.value)
 
 
 def test_a_rollout_that_does_not_fit_is_refused(tmp_path):
     tensors = fake_rollout(0).tensors()
-    path = store.save_tensors(
+    path = files.save_tensors(
         tmp_path / "r", {**tensors, "scores": torch.zeros(2)}, {"kind": "rollout"}
     )
     with pytest.raises(StoreError, match=r"not a usable rollout: rollout field 'scores'"):
-        store.load_rollout(path)
-    path = store.save_tensors(tmp_path / "q", {"mask": tensors["mask"]}, {"kind": "rollout"})
+        checkpoints.load_rollout(path)
+    path = files.save_tensors(tmp_path / "q", {"mask": tensors["mask"]}, {"kind": "rollout"})
     with pytest.raises(StoreError, match="not a usable rollout"):
-        store.load_rollout(path)
+        checkpoints.load_rollout(path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_a_truncated_checkpoint_is_one_sentence(tmp_path, keep):
-    path = store.save_model(tmp_path / "m.safetensors", tiny_model(), vocabulary="v")
+    path = checkpoints.save_model(tmp_path / "m.safetensors", tiny_model(), vocabulary="v")
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(StoreError, match=r"m.safetensors is damaged or not a safetensors file"):
-        store.load_model(path, vocabulary="v")
+        checkpoints.load_model(path, vocabulary="v")
 
 
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(StoreError, match=r"no file .*nowhere: check the path"):
-        store.load_tensors(tmp_path / "nowhere")
+        files.load_tensors(tmp_path / "nowhere")
     (tmp_path / "text").write_text("not a tensor in sight")
     for path in (tmp_path / "text", tmp_path):
         with pytest.raises(StoreError, match="restore it or make it anew"):
-            store.load_tensors(path)
+            files.load_tensors(path)
     with pytest.raises(StoreError, match="cannot read"):
-        store.read_json(tmp_path / "text")
+        files.read_json(tmp_path / "text")
     with pytest.raises(StoreError, match="cannot read"):
-        store.read_json(tmp_path / "nowhere")
+        files.read_json(tmp_path / "nowhere")
 
 
 def full_disk(path: Path) -> None:
@@ -125,21 +128,21 @@ def full_disk(path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_scrap(tmp_path):
-    path = store.write_text(tmp_path / "summary.json", "old")
+    path = files.write_text(tmp_path / "summary.json", "old")
     with pytest.raises(StoreError, match=r"cannot write .*No space left on device; free some"):
-        store.write_atomic(path, full_disk)
+        files.write_atomic(path, full_disk)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_spares_the_old_checkpoint(tmp_path, monkeypatch):
     old = tiny_model(0, dtype=torch.float32)
-    path = store.save_model(tmp_path / "m.safetensors", old, vocabulary="v")
-    digest = store.sha256(path)
-    monkeypatch.setattr(store, "save_file", lambda tensors, p, metadata: full_disk(p))
+    path = checkpoints.save_model(tmp_path / "m.safetensors", old, vocabulary="v")
+    digest = files.sha256(path)
+    monkeypatch.setattr(files, "save_file", lambda tensors, p, metadata: full_disk(p))
     with pytest.raises(StoreError, match="an earlier version of the file is untouched"):
-        store.save_model(path, tiny_model(1), vocabulary="v")
-    assert store.sha256(path) == digest and list(tmp_path.iterdir()) == [path]
+        checkpoints.save_model(path, tiny_model(1), vocabulary="v")
+    assert files.sha256(path) == digest and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_interrupt_leaves_no_scrap_either(tmp_path):
@@ -148,43 +151,43 @@ def test_an_interrupt_leaves_no_scrap_either(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.write_atomic(tmp_path / "x", interrupted)
+        files.write_atomic(tmp_path / "x", interrupted)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match=r"cannot write .*choose another folder"):
-        store.write_text(tmp_path / "file" / "inside.json", "x")
+        files.write_text(tmp_path / "file" / "inside.json", "x")
 
 
 def test_json_is_strict_and_utf8(tmp_path):
     value = {"b": [1, 2.5, None, "é"], "a": True}
-    path = store.write_json(tmp_path / "x.json", value)
-    assert store.read_json(path) == value
+    path = files.write_json(tmp_path / "x.json", value)
+    assert files.read_json(path) == value
     assert path.read_bytes().endswith(b"}\n") and b"\r" not in path.read_bytes()
     with pytest.raises(ValueError, match="JSON"):
-        store.write_json(path, {"x": float("nan")})
+        files.write_json(path, {"x": float("nan")})
     assert json.loads(path.read_text(encoding="utf-8")) == value
 
 
 def test_tables_keep_names_types_and_gaps(tmp_path):
     rows = [{"step": 1, "kl": 0.5, "name": "a"}, {"step": 2, "kl": None, "name": "b"}]
-    path = store.write_table(tmp_path / "m.parquet", iter(rows))
+    path = files.write_table(tmp_path / "m.parquet", iter(rows))
     frame = pd.read_parquet(path)
     assert list(frame.columns) == ["step", "kl", "name"] and frame["step"].tolist() == [1, 2]
     assert pd.isna(frame["kl"][1])
-    assert pd.read_parquet(store.write_table(path, frame)).equals(frame)
+    assert pd.read_parquet(files.write_table(path, frame)).equals(frame)
 
 
 def test_sha256_of_known_bytes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
-    assert store.sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
+    assert files.sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
 def test_a_packed_generator_continues_where_it_was(generator):
     torch.rand(5, generator=generator)
-    state = store.pack_generator(generator)
+    state = files.pack_generator(generator)
     first = torch.rand(5, generator=generator)
     generator.set_state(state)
     assert torch.equal(first, torch.rand(5, generator=generator))
@@ -207,4 +210,4 @@ def test_nothing_in_the_package_pickles():
 
 def test_plain_values_are_json():
     value = {1: (np.float32(0.5), float("nan"), np.int64(3)), "s": frozenset({"b", "a"})}
-    assert store.plain(value) == {"1": [0.5, None, 3], "s": ["a", "b"]}
+    assert files.plain(value) == {"1": [0.5, None, 3], "s": ["a", "b"]}

@@ -15,12 +15,13 @@ import pandas as pd
 import pytest
 from test_drift import TINY
 
-from minirlhf import sweep, workers
+from minirlhf import sweep
 from minirlhf.cli import main
 from minirlhf.drift import Drift
-from minirlhf.store import StoreError, plain
+from minirlhf.engine import jobs
+from minirlhf.engine.files import StoreError, plain
+from minirlhf.engine.jobs import JobsFailed, Workers
 from minirlhf.sweep import Cell, Grid, claim, run_cells
-from minirlhf.workers import JobsFailed, Workers
 
 BASE = replace(TINY, ppo=replace(TINY.ppo, kl_target=None))
 GRID = Grid(beta=(0.02, 0.2), remedy=("none", "length_penalty"), seed=(3, 4))
@@ -187,7 +188,7 @@ def test_keys_are_file_names_for_every_arm():
     from minirlhf.remedies import ARMS
 
     cells = [Cell(name, 1e-05, 0.2, -0.05, 0) for name in (*ARMS, "matched+larger_beta")]
-    workers._check_keys({cell.key: (print, ()) for cell in cells})
+    jobs._check_keys({cell.key: (print, ()) for cell in cells})
 
 
 def test_the_command_line_sweeps_and_goes_on(tmp_path, capsys):

@@ -19,8 +19,10 @@ from joblib import register_parallel_backend
 from joblib._parallel_backends import MultiprocessingBackend
 from worker_jobs import compute, die, die_once, fail, jobs, no_room, odd, run_in_a_session, stumble
 
-from minirlhf import cores, store, workers
-from minirlhf.workers import JobsFailed, NoWorkers, Workers, run_jobs
+from minirlhf.engine import compute as compute_module
+from minirlhf.engine import files
+from minirlhf.engine import jobs as jobs_module
+from minirlhf.engine.jobs import JobsFailed, NoWorkers, Workers, run_jobs
 
 
 def marks(folder, kind="ran"):
@@ -115,7 +117,7 @@ def test_nobody_fails_for_a_neighbour(retries, killers, room, monkeypatch):
     """A pool that breaks as long as a killer is among the three jobs under way."""
     lone = []
 
-    class Pool(workers._Pool):
+    class Pool(jobs_module._Pool):
         def outcomes(self, calls):
             under_way = list(islice(calls, 3))
             while under_way:
@@ -127,7 +129,7 @@ def test_nobody_fails_for_a_neighbour(retries, killers, room, monkeypatch):
                 yield function(*args)
                 under_way += islice(calls, 1)
 
-    monkeypatch.setattr(workers, "_local", lambda _: nullcontext(Pool(2)))
+    monkeypatch.setattr(jobs_module, "_local", lambda _: nullcontext(Pool(2)))
     with pytest.raises(JobsFailed) as info:
         run_jobs(jobs(room / "marks"), room / "out", Workers(retries=retries))
     assert str(info.value).startswith(f"{len(killers)} of 6 jobs failed {retries + 1} times")
@@ -162,7 +164,7 @@ def test_a_broken_result_file_is_made_anew(rest, room, truth):
 def started(room, backend):
     """The 24 jobs in a process of their own, in the middle of them; it ends with the block."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all of them
-    context.set_forkserver_preload(["minirlhf.workers"])
+    context.set_forkserver_preload(["minirlhf.engine.jobs"])
     run = context.Process(target=run_in_a_session, args=(room, backend))
     run.start()
     before, end = len(results(room / "out")), time.monotonic() + 60
@@ -237,8 +239,8 @@ def test_keys_that_are_fine(tmp_path):
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "127.0.0.1:1", "nowhere://x", "tcp://"])
 def test_an_unreachable_scheduler_is_one_sentence(address, room, monkeypatch):
-    assert workers.SECONDS <= 5
-    monkeypatch.setattr(workers, "SECONDS", 1)
+    assert jobs_module.SECONDS <= 5
+    monkeypatch.setattr(jobs_module, "SECONDS", 1)
     began = time.monotonic()
     with pytest.raises(NoWorkers, match=r"cannot reach a dask scheduler at .*loky") as info:
         run_jobs(jobs(room), room / "out", Workers("dask", address=address))
@@ -249,7 +251,7 @@ def test_an_unreachable_scheduler_is_one_sentence(address, room, monkeypatch):
 def test_a_scheduler_without_workers_is_one_sentence(room, monkeypatch):
     from distributed import LocalCluster
 
-    monkeypatch.setattr(workers, "SECONDS", 0.25)
+    monkeypatch.setattr(jobs_module, "SECONDS", 0.25)
     none = LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=logging.CRITICAL)
     with none, pytest.raises(NoWorkers, match="has no workers: start some with `dask worker tcp"):
         run_jobs(jobs(room), room / "out", Workers("dask", address=none.scheduler_address))
@@ -278,9 +280,9 @@ def test_settings_that_cannot_be(settings, word):
 
 def test_by_default_one_process_a_core(monkeypatch, room):
     asked = []
-    monkeypatch.setattr(workers, "Parallel", lambda n, **rest: asked.append(n) or list)
-    monkeypatch.setattr(cores, "available", lambda: 3)
-    with workers._local(Workers()) as pool:
+    monkeypatch.setattr(jobs_module, "Parallel", lambda n, **rest: asked.append(n) or list)
+    monkeypatch.setattr(compute_module, "available", lambda: 3)
+    with jobs_module._local(Workers()) as pool:
         list(pool.outcomes(iter(())))
     assert asked == [3]
 
@@ -334,7 +336,7 @@ def test_a_full_disk_is_one_sentence(backend, room, truth, monkeypatch, recwarn)
         return replace(self, target)
 
     tasks = jobs(room / "marks")
-    with monkeypatch.context() as patch, pytest.raises(store.StoreError) as info:
+    with monkeypatch.context() as patch, pytest.raises(files.StoreError) as info:
         patch.setattr(Path, "replace", full)
         run_jobs(tasks, room / "out", Workers(backend, 2))
     assert "No space left" in str(info.value) and "\n" not in str(info.value)
@@ -345,7 +347,7 @@ def test_a_full_disk_is_one_sentence(backend, room, truth, monkeypatch, recwarn)
 
 def test_a_disk_that_is_full_for_a_job_ends_the_call_in_one_sentence(room):
     said, tasks = [], jobs(room / "marks", 2, s1=no_room)
-    with pytest.raises(store.DiskFull, match=r"^cannot write x: No space left") as info:
+    with pytest.raises(files.DiskFull, match=r"^cannot write x: No space left") as info:
         run_jobs(tasks, room / "out", Workers("sequential"), lambda *x: said.append(x))
     assert "\n" not in str(info.value) and [text for text, *_ in said] == ["s0"]
     assert (room / "out" / "s0.json").exists()

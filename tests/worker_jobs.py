@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from minirlhf.store import DiskFull
-from minirlhf.workers import Workers, run_jobs
+from minirlhf.engine.files import DiskFull
+from minirlhf.engine.jobs import Workers, run_jobs
 
 
 def compute(seed, folder):

@@ -26,15 +26,14 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from scipy import stats
 
 from minirlhf.desk import STRATA
+from minirlhf.engine.intervals import student_t, student_t_rows
 from minirlhf.lab.batch_plots import SIDE
 from minirlhf.lab.live import LiveFigure, Panel
 from minirlhf.lab.live_run import LiveRun
 from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, blank, tidy
 from minirlhf.oracle import two_answer
-from minirlhf.remedy_table import COVERAGE, interval
 from minirlhf.shipped import DIALS
 
 CELL = ("beta", "clip", "length_bias")
@@ -71,7 +70,7 @@ class _Band:
         """Show a table of steps by seeds; {step: mean}. Steps without a value are left out."""
         table = table.dropna(how="all")
         steps, values = table.index.to_numpy(), table.to_numpy(dtype=float)
-        mean, low, high = _intervals(values)
+        mean, low, high = student_t_rows(values)
         self._mean.set(data=(steps, mean), markevery=max(1, len(steps) // 8))
         runs = [np.c_[steps, run][~np.isnan(run)] for run in values.T]
         self._seeds.set_segments([run for run in runs if len(run)])
@@ -79,15 +78,6 @@ class _Band:
         edge = edge[~np.isnan(edge[:, 1])]
         self._band.set_verts([edge] if len(edge) else [])
         return dict(zip(steps.tolist(), mean.tolist(), strict=True))
-
-
-def _intervals(values: np.ndarray) -> tuple[np.ndarray, ...]:
-    """remedy_table.interval of every row [K, seeds] at once: mean, low, high, each [K]; no limits
-    below three values, where they would fill the picture and say nothing."""
-    n, mean = (~np.isnan(values)).sum(1), np.nanmean(values, 1)
-    error = np.nanstd(values, 1) / np.sqrt(np.maximum(n - 1, 1))
-    half = stats.t.ppf((1 + COVERAGE) / 2, np.maximum(n - 1, 1)) * np.where(n > 2, error, np.nan)
-    return mean, mean - half, mean + half
 
 
 class _Ends:
@@ -116,13 +106,13 @@ class _Ends:
     def move(self, cells: dict[int, pd.DataFrame], chosen: int) -> dict[str, float]:
         """Show the cells of one epsilon and length bias by place; the chosen one's numbers."""
         values = {at: of[self._column].to_numpy(dtype=float) for at, of in cells.items()}
-        found = {at: interval(x) for at, x in values.items()}
+        found = {at: student_t(x) for at, x in values.items()}
         spread = [(at, y) for at, x in values.items() for y in x]
         self._seeds.set_data(*np.transpose(spread))
-        self._mean.set_data([*found], [x["mean"] for x in found.values()])
-        self._bars.set_segments([[(at, x["low"]), (at, x["high"])] for at, x in found.items()])
-        self._ring.set_data([chosen], [found[chosen]["mean"]])
-        said = {self._column: found[chosen]["mean"]}
+        self._mean.set_data([*found], [x.mean for x in found.values()])
+        self._bars.set_segments([[(at, x.low), (at, x.high)] for at, x in found.items()])
+        self._ring.set_data([chosen], [found[chosen].mean])
+        said = {self._column: found[chosen].mean}
         if self._rate:
             form = {at: float(of["closed_form"].mean()) for at, of in cells.items()}
             self._form.set_data([at + 0.22 for at in form], [*form.values()])

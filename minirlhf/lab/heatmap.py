@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minirlhf.advantages import AdvantageParts
 from minirlhf.autopsy import Convention, demand
-from minirlhf.ppo_config import PPOConfig
+from minirlhf.config import PPOConfig
 from minirlhf.push import surrogate_slope
 from minirlhf.rollout import Rollout
 from minirlhf.text import EOS

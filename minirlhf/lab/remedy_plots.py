@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from minirlhf.desk import STRATA
+from minirlhf.engine.intervals import Interval, student_t
 from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, blank, tidy
 from minirlhf.remedies import ARMS, REMEDIES, Remedy, keep
 from minirlhf.remedy_table import (
@@ -23,7 +24,6 @@ from minirlhf.remedy_table import (
     MEASURES,
     SHOWN,
     STEPS,
-    interval,
     measured,
     repaired,
     wide,
@@ -155,10 +155,10 @@ def forest_figure(rows: pd.DataFrame) -> Figure:
 
 
 def _interval_line(ax: Axes, values: np.ndarray, y: float, look: tuple[str, str]) -> None:
-    found, (color, marker) = interval(values), look
+    found, (color, marker) = student_t(values), look
     ax.plot(values, np.full(len(values), y), ".", color=GREY, ms=5, alpha=0.5)
-    ax.plot([found["low"], found["high"]], [y, y], color=color, lw=2.5, solid_capstyle="butt")
-    ax.plot(found["mean"], y, marker, color=color, ms=8, mec="white", mew=0.6)
+    ax.plot([found.low, found.high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
+    ax.plot(found.mean, y, marker, color=color, ms=8, mec="white", mew=0.6)
 
 
 def _ratio_axis(ax: Axes) -> None:
@@ -191,20 +191,20 @@ def frontier_figure(rows: pd.DataFrame) -> Figure:
         for name, (x, y) in zip(order, points, strict=True):
             color, marker = PLACES[about(name).acts]
             look = {"mfc": "white", "mec": color} if name == "best_of_n" else {"mec": "white"}
-            ax.plot([x["low"], x["high"]], [y["mean"]] * 2, color=color, lw=1, alpha=0.6)
-            ax.plot([x["mean"]] * 2, [y["low"], y["high"]], color=color, lw=1, alpha=0.6)
-            ax.plot(x["mean"], y["mean"], marker, color=color, ms=9, **look)
+            ax.plot([x.low, x.high], [y.mean] * 2, color=color, lw=1, alpha=0.6)
+            ax.plot([x.mean] * 2, [y.low, y.high], color=color, lw=1, alpha=0.6)
+            ax.plot(x.mean, y.mean, marker, color=color, ms=9, **look)
             if name == "none":
-                ax.plot(x["mean"], y["mean"], "o", mfc="none", mec=INK, mew=1.5, ms=24, zorder=9)
+                ax.plot(x.mean, y.mean, "o", mfc="none", mec=INK, mew=1.5, ms=24, zorder=9)
         ax.set_xlim(left=0)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # labels are placed on what stands still
     for ax, points in zip(axes, found.values(), strict=False):
-        _number(ax, [(x["mean"], y["mean"]) for x, y in points])
+        _number(ax, [(x.mean, y.mean) for x, y in points])
     said = dict(zip(order, found["brief"], strict=True))
-    best = max(said, key=lambda name: said[name][1]["mean"])
+    best = max(said, key=lambda name: said[name][1].mean)
     ends = [
-        f"{name} {said[name][1]['mean']:+.2f} points at {said[name][0]['mean']:.1f}"
+        f"{name} {said[name][1].mean:+.2f} points at {said[name][0].mean:.1f}"
         for name in dict.fromkeys((best, "none"))
         if name in said
     ]
@@ -212,10 +212,10 @@ def frontier_figure(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _point(of: Any, stratum: str) -> tuple[dict[str, float], dict[str, float]]:
+def _point(of: Any, stratum: str) -> tuple[Interval, Interval]:
     """Intervals of an arm's distance and of its change of gold."""
     far = np.sqrt(np.maximum(of[f"{stratum}_kl_nats"].to_numpy(), 0))  # a sampled KL may be < 0
-    return interval(far), interval(of[f"{stratum}_gold_change"].to_numpy())
+    return student_t(far), student_t(of[f"{stratum}_gold_change"].to_numpy())
 
 
 def _key(ax: Axes, places: Mapping[str, Sequence[str]], order: Sequence[str]) -> None:

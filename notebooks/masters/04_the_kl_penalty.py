@@ -296,8 +296,8 @@ for place in ("reward", "loss"):
 # eight prompts to which the reference says V with different probabilities `p0`.
 
 # %%
+from minirlhf.engine.adamw import FlatAdamW
 from minirlhf.model import Transformer, TransformerConfig
-from minirlhf.optim import FlatAdamW
 
 wanted = torch.tensor([0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
 questions = torch.tensor([[1, i // 4 % 2, i // 2 % 2, i % 2, 1] for i in range(8)])

@@ -132,8 +132,8 @@ assert then < 0.4 and held > 0.8 and gone < 0.2
 # fresh seeds agree?
 
 # %%
+from minirlhf.engine.files import read_json
 from minirlhf.seeds import FRESH
-from minirlhf.store import read_json
 
 everything = read_json(run.folder / "seeds.json")["runs"]
 kinds = [(arm, fresh) for fresh in (False, True) for arm in ("drift", "control")]

@@ -4,7 +4,7 @@ Left out: the models and the prompts (arguments of PPO), and the number of steps
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_origin
+from typing import ClassVar, Literal, get_args, get_origin
 
 from minirlhf.kl import Estimator
 
@@ -102,3 +102,71 @@ class PPOConfig:
 def _demand(ok: bool, name: str, value: object, hint: str) -> None:
     if not ok:
         raise ValueError(f"ppo.{name} is {value}; it {hint}")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """How the reference is trained."""
+
+    demonstrations: int = 12_000
+    """prompt-answer pairs drawn from the desk"""
+    steps: int = 400
+    """optimiser steps"""
+    batch: int = 64
+    """demonstrations in a step"""
+    lr: float = 6e-3
+    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+
+    def __post_init__(self) -> None:
+        for name in ("demonstrations", "steps", "batch", "lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:  # NaN fails too
+                raise ValueError(f"sft.{name} is {getattr(self, name)}; it must be positive")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How the reward model is trained."""
+
+    section: ClassVar = "reward"
+    """what these settings are called in messages and metrics"""
+    epochs: int = 2
+    """passes over the pairs"""
+    batch: int = 64
+    """pairs in a step"""
+    lr: float = 2e-3
+    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
+    weight_decay: float = 0.01
+    """AdamW decay"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:  # NaN fails too
+                given = f"{self.section}.{name} is {getattr(self, name)}"
+                raise ValueError(f"{given}; it must be positive")
+        if not self.weight_decay >= 0:
+            given = f"{self.section}.weight_decay is {self.weight_decay}"
+            raise ValueError(f"{given}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class DPOConfig(RewardConfig):
+    """How a policy is trained on pairs directly; steps and rates as in a reward model's fit."""
+
+    section: ClassVar = "dpo"
+    beta: float = 0.1
+    """price of moving away from the reference, nats of label per nat of log-ratio"""
+    epochs: int = 1
+    """passes over the pairs"""
+    lr: float = 2e-4
+    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
+    weight_decay: float = 0.0
+    """AdamW decay; the reference was trained without"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise ValueError(f"dpo.beta is {self.beta}; it must be positive")

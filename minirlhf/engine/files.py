@@ -10,18 +10,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minirlhf.model import Transformer, TransformerConfig
-from minirlhf.rollout import Rollout
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class StoreError(RuntimeError):
@@ -117,60 +114,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def save_model(path: Path, model: Transformer, *, vocabulary: str, **meta: Any) -> Path:
-    """Write a model with its sizes and the fingerprint of its vocabulary."""
-    meta = {"kind": "model", "config": asdict(model.config), "vocabulary": vocabulary, **meta}
-    return save_tensors(path, model.state_dict(), meta)
-
-
-def load_model(path: Path, *, vocabulary: str) -> Transformer:
-    """Read a model; StoreError if it is no model or was trained with another vocabulary."""
-    return build_model(*load_tensors(path), vocabulary=vocabulary, source=path)
-
-
-def build_model(
-    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, vocabulary: str, source: Path
-) -> Transformer:
-    """The model that loaded `tensors` and `meta` describe; `source` names them in errors."""
-    if meta.get("kind") != "model":
-        raise StoreError(f"{source} holds a {meta.get('kind', 'foreign file')}, not a model")
-    if meta["vocabulary"] != vocabulary:
-        raise StoreError(
-            f"{source} was trained with another vocabulary ({meta['vocabulary']}, the desk's is "
-            f"{vocabulary}): use the desk.toml it was trained on, or train it anew"
-        )
-    try:
-        model = Transformer(TransformerConfig(**meta["config"]))
-        model.load_state_dict(dict(tensors))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).split("\n\t")[-1]
-        raise StoreError(
-            f"{source} does not hold the model it describes ({reason}); make it anew"
-        ) from error
-    return model
-
-
-def save_rollout(path: Path, rollout: Rollout, **meta: Any) -> Path:
-    """Write a PPO batch and what is known about it."""
-    return save_tensors(path, rollout.tensors(), {"kind": "rollout", **meta})
-
-
-def load_rollout(path: Path) -> tuple[Rollout, dict[str, Any]]:
-    """Read a PPO batch and its description. Raises StoreError."""
-    tensors, meta = load_tensors(path)
-    if meta.get("kind") != "rollout":
-        raise StoreError(f"{path} holds a {meta.get('kind', 'foreign file')}, not a rollout")
-    try:
-        return Rollout(**tensors), meta
-    except (TypeError, ValueError) as error:
-        raise StoreError(f"{path} is not a usable rollout: {error}") from error
-
-
-def pack_generator(generator: torch.Generator) -> Tensor:
-    """A random generator's state, as a tensor for a checkpoint."""
-    return generator.get_state().clone()
-
-
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def data_folder() -> Path:
+    """data/ inside the package of an installed wheel, or beside the package in a checkout."""
+    inside = PACKAGE / "data"
+    return inside if inside.is_dir() else PACKAGE.parent / "data"

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from joblib import Parallel, delayed, parallel_config
 
-from minirlhf import cores, store
+from minirlhf.engine import compute, files
 
 Backend = Literal["sequential", "loky", "dask", "ray"]
 Report = Callable[[str, int, int], None]
@@ -115,9 +115,9 @@ class _Outcome(NamedTuple):
 
 def _attempt(key: str, function: Callable[..., Any], args: tuple) -> _Outcome:
     """In the worker: an error comes back as text, for not every exception survives the journey."""
-    cores.use(1)
+    compute.use(1)
     try:
-        result = json.dumps(store.plain(function(*args)), allow_nan=False)
+        result = json.dumps(files.plain(function(*args)), allow_nan=False)
     except (Exception, SystemExit) as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
         return _Outcome(key, error=f"{_sentence(error)} ({Path(at.filename).name}:{at.lineno})")
@@ -155,8 +155,8 @@ class _Run:
         for key in tasks:
             if (path := folder / f"{key}.json").exists():
                 try:
-                    self.results[key] = store.read_json(path)
-                except store.StoreError as error:
+                    self.results[key] = files.read_json(path)
+                except files.StoreError as error:
                     self._say(f"{key} is run again: {error}")
 
     def _say(self, text: str) -> None:
@@ -201,7 +201,7 @@ class _Run:
                     return None
                 under_way.remove(outcome.key)
                 if outcome.error is None:
-                    store.write_json(self.folder / f"{outcome.key}.json", outcome.result)
+                    files.write_json(self.folder / f"{outcome.key}.json", outcome.result)
                     self.results[outcome.key] = outcome.result
                     self._say(outcome.key)
                 else:
@@ -210,7 +210,7 @@ class _Run:
 
     def _failed(self, key: str, error: str) -> None:
         if error.startswith("DiskFull: "):  # neither this job nor another one can be written
-            raise store.DiskFull(error.removeprefix("DiskFull: ").rpartition(" (")[0])
+            raise files.DiskFull(error.removeprefix("DiskFull: ").rpartition(" (")[0])
         self.tries[key] += 1
         self.errors[key] = error
         then = "it is run again" if self.tries[key] <= self.retries else "that was its last try"
@@ -240,7 +240,7 @@ def _module(name: str, backend: str) -> Any:
 def _local(workers: Workers) -> Iterator[_Pool]:
     one = workers.backend == "sequential"
     with parallel_config(workers.backend, inner_max_num_threads=None if one else 1):
-        yield _Pool(1 if one else workers.jobs or cores.available())
+        yield _Pool(1 if one else workers.jobs or compute.available())
 
 
 @contextmanager

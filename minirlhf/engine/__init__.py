@@ -1,0 +1,1 @@
+"""What knows nothing of RLHF: cores, packed rows, an optimiser, files, jobs and intervals."""
