@@ -23,11 +23,11 @@ from browser import copied, opened, served  # pyright: ignore[reportMissingImpor
 HERE = Path(__file__).parents[1]
 
 CELLS = (
-    """from minirlhf.audit import grade
-from minirlhf.autopsy import Convention
-from minirlhf.lab.batch import BatchPanel
-from minirlhf.shipped import DIALS, shipped
-from minirlhf.whatif import rescored
+    """from minirlhf.audit.auditor import grade
+from minirlhf.autopsy.parts import Convention
+from minirlhf.lab.panels.batch import BatchPanel
+from minirlhf.drift.data import DIALS, shipped
+from minirlhf.autopsy.what_ifs import rescored
 import ipywidgets as w, torch
 case = shipped(); step = case.batch_steps[1]; batch = case.rollout(step)
 run, table, names = case.run_before(step), case.prompts(), case.desk.vocabulary.words

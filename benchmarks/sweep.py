@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import tyro
 
-from minirlhf.drift import Drift
-from minirlhf.drift_config import DriftConfig
+from minirlhf.drift.config import DriftConfig
+from minirlhf.drift.run import Drift
 from minirlhf.engine import compute
 from minirlhf.engine.jobs import Workers
-from minirlhf.sweep import Cell, Grid, outcome, run_cells, trajectory
+from minirlhf.sweeps.grid import Cell, Grid, outcome, run_cells, trajectory
 
 BETAS, CLIPS = (0.02, 0.05, 0.07, 0.2), (0.05, 0.1, 0.2, 0.4)
 

@@ -1,27 +1,20 @@
-"""From rewards to advantages: shaping, GAE, whitening, group baselines, and the exact split.
+"""From rewards to advantages: shaping, GAE, whitening and group baselines.
 
 Index t is response token t; `values[:, t]` is the value of the state *before* token t is chosen
 and the state after the last token is worth 0. Masks are True on the tokens that were chosen by
 the policy; a False inside an answer (a tool's output, say) is skipped, as if it were not there.
 
-GAE is linear in (rewards, values), so an advantage is *exactly* a part from the reward model, a
-part from the KL penalty and a part from the baseline. Whitening is affine, so the split goes
-through it with one more part, the shift. `decompose_advantages` is that sentence in code.
+GAE is linear in (rewards, values) and whitening is affine, so an advantage is *exactly* a sum of
+parts: the autopsy (autopsy/parts.py) takes it apart.
 
 Sources: Schulman et al. (2015, arXiv 1506.02438, eq. 16); Ahmadian et al. (2024, arXiv
 2402.14740) for RLOO; Shao et al. (2024, arXiv 2402.03300, section 4.1.2) for GRPO.
 """
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from minirlhf.text import last_token
-
-if TYPE_CHECKING:
-    from minirlhf.rollout import Rollout
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -115,70 +108,3 @@ def _grouped(returns: Tensor, group: int) -> Tensor:
             "least 2 that divides the batch"
         )
     return returns.view(-1, group)
-
-
-@dataclass(frozen=True)
-class AdvantageParts:
-    """Where each token's advantage comes from; every field is [B, T] in reward sd."""
-
-    reward: Tensor
-    """the reward model's score, carried back from the last token"""
-    kl: Tensor
-    """the KL penalty on this token and on those after it"""
-    baseline: Tensor
-    """the critic: what was expected, subtracted"""
-    shift: Tensor | None = None
-    """what whitening's mean shift added (None: not whitened)"""
-
-    @property
-    def total(self) -> Tensor:
-        """The sum of the parts: the advantage."""
-        total = self.reward + self.kl + self.baseline
-        return total if self.shift is None else total + self.shift
-
-    def whitened(self, mask: Tensor, *, shift: bool = True) -> "AdvantageParts":
-        """The same split of whiten(total), or of rescale(total) with shift=False: every part
-        over sd, and -mean / sd as the part that the shift adds."""
-        mean, sd = whitening_moments(self.total, mask)
-        parts = {name: getattr(self, name) / sd for name in ("reward", "kl", "baseline")}
-        return replace(self, **parts, shift=torch.where(mask, -mean / sd if shift else 0.0, 0.0))
-
-
-def decompose_advantages(
-    rollout: "Rollout", *, beta: float, gamma: float = 1.0, lam: float = 0.95
-) -> AdvantageParts:
-    """Split the advantages of a k1-in-reward rollout into reward, KL and baseline parts.
-
-    Exact, not approximate: `.total` equals gae(shape_rewards(...), values) to rounding. `beta` is
-    free, so a what-if beta costs three scans and no model. Uses rollout.kl where the rollout
-    carries it, else the k1 log-ratio. Raises ValueError for a rollout whose rewards are not its
-    score and a multiple of its KL (whitened ones), where no such split exists.
-    """
-    _demand_additive(rollout)
-    mask, zeros = rollout.mask, torch.zeros_like(rollout.logprobs)
-    kl = rollout.logprobs - rollout.ref_logprobs if rollout.kl is None else rollout.kl
-
-    def part(scores: Tensor, kl: Tensor, values: Tensor) -> Tensor:
-        rewards = shape_rewards(scores, kl, mask, beta=beta)
-        return gae(rewards, values, mask, gamma=gamma, lam=lam)
-
-    no_score = torch.zeros_like(rollout.scores)
-    return AdvantageParts(
-        reward=part(rollout.scores, zeros, zeros),
-        kl=part(no_score, kl, zeros),
-        baseline=part(no_score, zeros, rollout.values),
-    )
-
-
-def _demand_additive(rollout: "Rollout") -> None:
-    """rewards = score on the last token - b * kl for some b >= 0, which a regression finds."""
-    if rollout.rewards is None or rollout.kl is None:
-        return
-    score_only = shape_rewards(rollout.scores, rollout.kl, rollout.mask, beta=0.0)
-    charged = rollout.rewards - score_only
-    b = -(charged * rollout.kl).sum() / rollout.kl.square().sum().clamp(min=1e-12)
-    if (charged + b * rollout.kl).abs().max() > 1e-4 * (1 + rollout.scores.abs().max()):
-        raise ValueError(
-            "these rewards are not score minus beta times KL (a run with whiten_rewards, perhaps): "
-            "no split into reward, KL and baseline exists; use a batch of unwhitened rewards"
-        )

@@ -10,11 +10,27 @@ closed form is ours.
 """
 
 import torch
+from torch import Tensor
 
 from minirlhf.model import response_states
 from minirlhf.ppo import PPO
 
 RIDGE = 0.1  # strong: the read-out should tell prompts apart rather than follow each token
+
+
+def ridge(features: Tensor, y: Tensor, weights: Tensor, *, shrink_mean: bool) -> Tensor:
+    """Weighted ridge regression of y [N] on features [N, F] and a constant: [F + 1], it last.
+
+    Minimises the weighted mean of squared errors plus RIDGE times the squared coefficients, of
+    which the constant is one if `shrink_mean`.
+    """
+    w = weights / weights.sum()
+    x = torch.cat([features, torch.ones_like(features[:, :1])], 1)
+    penalty = torch.full_like(x[0], RIDGE)
+    if not shrink_mean:
+        penalty[-1] = 0.0
+    gram = x.T @ (w[:, None] * x) + penalty.diag()
+    return torch.linalg.solve(gram, x.T @ (w * y))
 
 
 @torch.no_grad()
@@ -35,12 +51,11 @@ def fit_critic(run: PPO, *, batches: int = 6) -> float:
         share = 1 / rollout.lengths[:, None].expand_as(rollout.mask)  # an answer counts once,
         weights.append(share[rollout.mask].cpu().double())  # else long ones decide the fit
     x, y, w = torch.cat(states), torch.cat(returns), torch.cat(weights)
-    w = w / w.sum()
-    x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    gram = x.T @ (w[:, None] * x) + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
-    solution = torch.linalg.solve(gram, x.T @ (w * y))
+    solution = ridge(x, y, w, shrink_mean=True)
     head = run.policy.scalar
     head.weight.copy_(solution[:-1][None])
     head.bias.copy_(solution[-1:])
+    w = w / w.sum()
     spread = (w * (y - (w * y).sum()).square()).sum()
-    return 1 - float((w * (x @ solution - y).square()).sum() / spread)
+    left = x @ solution[:-1] + solution[-1] - y
+    return 1 - float((w * left.square()).sum() / spread)

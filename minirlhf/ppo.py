@@ -14,6 +14,7 @@ Sources: Schulman et al. (2017, arXiv 1707.06347, eq. 7 and 9); Ziegler et al. (
 1909.08593, eq. 2); Xiao and Zhu (2025, arXiv 2501.09223, chapter 4) for the `book` forms.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -260,13 +261,19 @@ class PPO:
         beta = self.beta if self.prices is None else self.beta * self.prices[index][:, None]
         return Rollout(*fields, **known, **price_and_credit(bare, self._config, beta))
 
-    def update(self, rollout: Rollout) -> dict[str, float]:
-        """The optimiser steps that one rollout pays for; metrics averaged over them."""
+    def update(
+        self, rollout: Rollout, *, progress: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """The optimiser steps that one rollout pays for; metrics averaged over them.
+
+        `progress` is called before each of them; what it raises ends the update there.
+        """
         c, rows = self._config, []
         self.optimiser.lr = c.lr
         for _ in range(c.epochs):
             order = torch.randperm(len(rollout), generator=self.generator)
             for part in order.to(rollout.mask.device).split(len(rollout) // c.minibatches):
+                progress()
                 loss, metrics = self.loss(rollout.select(part))
                 self.optimiser.zero_grad()
                 loss.backward()
@@ -284,10 +291,20 @@ class PPO:
 
     def loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to descend for a (mini)batch, and its metrics."""
-        c, mask = self._config, batch.mask
         logprobs, values = response_logprobs(
-            self.policy, batch.prompts, batch.responses, mask, temperature=c.temperature
+            self.policy,
+            batch.prompts,
+            batch.responses,
+            batch.mask,
+            temperature=self._config.temperature,
         )
+        return self.loss_of(logprobs, values, batch, beta=self.beta)
+
+    def loss_of(
+        self, logprobs: Tensor, values: Tensor, batch: Rollout, *, beta: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, from the policy's log-probs and values [B, T] of the batch's tokens."""
+        c, mask = self._config, batch.mask
         assert batch.advantages is not None and batch.returns is not None
         how = c.loss_aggregation
         surrogate = ppo_policy_loss(
@@ -308,7 +325,7 @@ class PPO:
             ref, kind, per = batch.ref_logprobs, c.kl_estimator, c.kl_aggregation
             tokens = kl_tokens(logprobs, ref, mask, estimator=kind, aggregation=per)
             kl = aggregate(tokens, mask, how if per == "sequence_sum" else "sequence_sum")
-            total, metrics["policy/kl_loss"] = total + self.beta * kl, kl.detach()
+            total, metrics["policy/kl_loss"] = total + beta * kl, kl.detach()
         return total, metrics | update_metrics(logprobs.detach(), batch, c.clip)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -318,6 +335,20 @@ class PPO:
         beta = torch.tensor(self.controller.beta, dtype=torch.float64)
         counts = {"steps": torch.tensor(self.steps), "beta": beta}
         return state | counts | {"generator": self.generator.get_state().clone()}
+
+    def copy(self) -> "PPO":
+        """A run in the same state with weights of its own: what it does leaves this one alone."""
+        copied = PPO(
+            copy.deepcopy(self.policy),
+            self.reference,
+            self.reward_model,
+            self.prompts,
+            self._config,
+            eos=self.eos,
+            prices=self.prices,
+        )
+        copied.load_state_dict(self.state_dict())
+        return copied
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where state_dict() was taken; the steps that follow are equal bit for bit."""

@@ -4,7 +4,7 @@ r(x, y) is the scalar head at the last token of the answer (Xiao and Zhu 2025, a
 chapter 4: h_last W_r). The ranking loss fixes only *differences* between answers to one prompt:
 the offset of a score is free, so after training scores are put on a scale on which the
 reference's own answers have mean 0 and standard deviation 1, "reward sd". It knows nothing of
-what the answers are about. Left out: losses that take a bias out (debias.py has two).
+what the answers are about. Left out: losses that take a bias out (remedies/ranking.py has two).
 
 Sources: Bradley and Terry (1952); Stiennon et al. (2020, arXiv 2009.01325, section 3.4).
 """

@@ -30,6 +30,20 @@ def _no_global_rng():
     assert torch.equal(before, torch.get_rng_state()), "something drew from torch's global RNG"
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays on one worker, as a notebook's cells must; the planted bugs are spread out."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            alone = "test_every_bug_is_caught[" in nodeid
+            return nodeid if alone else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
+
+
 LADDER = pytest.StashKey[Ladder]()
 LEFT_OUT, RAN, FAILED = [], [], []  # names of slow tests
 

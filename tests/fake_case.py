@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from minirlhf.desk import Desk
+from minirlhf.desk.world import Desk
 
 STEPS = (0, 10, 20)
 RATES = ("correct_rate", "direct_rate", "evasion_rate", "hedged_rate", "truncated_rate")

@@ -45,7 +45,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def dense(model: Transformer, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The same network, written plainly for one row without padding: logits [S, V], values [S].
 
-    No packing, no fused attention, an explicit causal mask: the oracle of test_model.py.
+    No packing, no fused attention, an explicit causal mask: the oracle of core/test_model.py.
     """
     w, c, s = dict(model.named_parameters()), model.config, len(ids)
     x = w["tokens.weight"][list(ids)] + w["positions.weight"][:s]

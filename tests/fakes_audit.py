@@ -3,8 +3,9 @@
 import torch
 from fakes import tiny_model
 
-from minirlhf.audit import AuditConfig, Auditor
-from minirlhf.desk import Desk
+from minirlhf.audit.auditor import Auditor
+from minirlhf.audit.config import AuditConfig
+from minirlhf.desk.world import Desk
 from minirlhf.text import right_pad
 
 DESK = Desk.load()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import minirlhf.model
+from minirlhf.kl import kl_tokens
 from minirlhf.model import Transformer, TransformerConfig
-from minirlhf.oracle import two_word_policy, verbose_share
+from minirlhf.oracle.pocket import two_word_policy, verbose_share
 from minirlhf.ppo import PPO, PPOConfig, Scorer
 from minirlhf.sft import SFTConfig, train_sft
 
@@ -103,3 +104,18 @@ def fork_run(reference: Transformer, gap: float, beta: float, seed: int = 0, **o
     settings = {"max_new_tokens": STEPS, "batch": 256, "beta": beta} | options
     config = replace(PLAIN, **settings)
     return PPO(copy.deepcopy(reference), reference, score, PROMPT, config, seed=seed)
+
+
+def kl_gradients(place, estimator, *, p=0.3, p0=0.01, n=20_000, seed=0):
+    """What each of n sampled answers adds to the KL term's gradient in logit p, through PPO's
+    own functions; [n]."""
+    policy, reference = two_word_policy(p), two_word_policy(p0)
+    given, mask = torch.full((n, 1), 1), torch.ones(n, 1, dtype=torch.bool)
+    ref = reference(given[:1])[0][0].detach().log_softmax(-1)
+    logits = policy(given[:1])[0][0].detach().expand(n, 2).clone().requires_grad_()
+    draws = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    tokens = (draws >= logits[0].detach().softmax(-1)[0]).long()[:, None]
+    logprobs = logits.log_softmax(-1).gather(1, tokens)
+    costs = kl_tokens(logprobs, ref.expand(n, 2).gather(1, tokens), mask, estimator=estimator)
+    term = costs if place == "loss" else costs.detach() * logprobs
+    return torch.autograd.grad(term.sum(), logits)[0][:, 0].double()

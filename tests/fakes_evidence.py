@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from minirlhf.remedies import ARMS, REMEDIES
+from minirlhf.remedies.arms import ARMS, REMEDIES
 
 STRATA = ("brief", "detailed")
 SIDES = ("verbose", "concise")

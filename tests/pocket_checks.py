@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minirlhf.critic import fit_critic
 from minirlhf.model import Transformer
-from minirlhf.pocket import Pocket, settings
+from minirlhf.oracle.pocket import Pocket, settings
 from minirlhf.ppo import PPO, PPOConfig, price_and_credit
 from minirlhf.text import EOS
 

@@ -1,4 +1,4 @@
-"""Jobs for test_workers.py: workers import them by name, and sooner without pytest."""
+"""Jobs for engine/test_jobs.py: workers import them by name, and sooner without pytest."""
 
 import os
 import signal

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
-from minirlhf.desk import Desk, Prompt
+from minirlhf.desk.world import Desk, Prompt
 
 
 class Sentence(NamedTuple):

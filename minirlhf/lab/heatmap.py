@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf.advantages import AdvantageParts
-from minirlhf.autopsy import Convention, demand
+from minirlhf.autopsy.convention import Convention, demand
+from minirlhf.autopsy.parts import AdvantageParts
+from minirlhf.autopsy.pushes import surrogate_slope
 from minirlhf.config import PPOConfig
-from minirlhf.push import surrogate_slope
 from minirlhf.rollout import Rollout
 from minirlhf.text import EOS
 

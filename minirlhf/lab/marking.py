@@ -15,7 +15,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from minirlhf.lab.live import looks
+from minirlhf.lab.picture import looks
 
 READS = '<div style="max-width:880px;line-height:1.4">{}</div>'  # widgets space lines at double
 FEWEST = 30  # words; a shorter answer cannot say what, why, at what price and how to see it

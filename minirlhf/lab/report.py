@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from minirlhf.drift_config import DriftConfig
-from minirlhf.lab.live import image_tag, png
+from minirlhf.drift.config import DriftConfig
+from minirlhf.lab.picture import image_tag, png
 from minirlhf.lab.plots import SEEN_BY_AUDITOR, SEEN_BY_TEAM
 
 STYLE = """

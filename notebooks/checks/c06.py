@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minirlhf.spurious import nrg
+from minirlhf.audit import nrg
 
 
 def _compare(mine: Callable[[], Any], right: Any, praise: str, mistakes: Mapping[str, Any]) -> str:

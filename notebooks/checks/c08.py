@@ -12,8 +12,8 @@ import torch
 
 from checks.rubric2 import CALIBRATION, RUBRIC
 from checks.said import compare
+from minirlhf.drift import Recipe, changed
 from minirlhf.lab.marking import Marks
-from minirlhf.recipe import Recipe, changed
 from minirlhf.remedies import ARMS
 
 PRICES = partial(torch.ones, 3)

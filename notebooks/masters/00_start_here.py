@@ -14,11 +14,11 @@
 # %%
 from textwrap import fill
 
-from minirlhf.lab.first_look import FirstLook
-from minirlhf.lab.live import Picture
+from minirlhf.drift import shipped
+from minirlhf.lab.panels.first_look import FirstLook
+from minirlhf.lab.picture import Picture
 from minirlhf.lab.plots import audits, batch_figure, drift_figure, seeds_figure
 from minirlhf.lab.report import examples
-from minirlhf.shipped import shipped
 
 run = shipped()
 entries = audits(run.summary)
@@ -189,7 +189,7 @@ for arm in ("drift", "control"):
 # Held to the same thresholds, is the run of this notebook a typical one?
 
 # %%
-from minirlhf.seeds import DRIFT
+from minirlhf.sweeps.seeds import DRIFT
 
 bounds = [row["claim"] for row in run.seeds if row["arm"] == "drift" and row["threshold"]]
 claims = [claim for claim in DRIFT if claim.name in bounds]

@@ -11,11 +11,11 @@
 import numpy as np
 
 from minirlhf.audit import answer, texts
+from minirlhf.drift import shipped
 from minirlhf.lab.answers import ROLES, read_answer
-from minirlhf.lab.live import Picture
-from minirlhf.lab.panels import LabelerDials
+from minirlhf.lab.panels.labelers import LabelerDials
+from minirlhf.lab.picture import Picture
 from minirlhf.lab.plots import bias_figure, length_figure
-from minirlhf.shipped import shipped
 
 run = shipped()
 desk = run.desk
@@ -160,7 +160,7 @@ for text, role, _ in read_answer(desk, steps, garbled):
 # from people who did not check the fact. The rest is noise: Bradley and Terry's model (1952).
 
 # %%
-from minirlhf.preferences import PreferenceConfig, label_probability
+from minirlhf.desk import PreferenceConfig, label_probability
 
 config = PreferenceConfig(**run.summary["config"]["preferences"])
 
@@ -200,7 +200,7 @@ for i in (1, 2):
 # Each label is drawn once, so a share of few pairs is uncertain: `n_...` counts them.
 
 # %%
-from minirlhf.preferences import bayes_ceiling, make_pairs, raw_bias, relabel
+from minirlhf.desk import bayes_ceiling, make_pairs, raw_bias, relabel
 
 
 def sampler(prompts):

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minirlhf.lab.live import Picture
-from minirlhf.lab.panels import NextWord
+from minirlhf.drift import shipped
+from minirlhf.lab.panels.next_word import NextWord
+from minirlhf.lab.picture import Picture
 from minirlhf.lab.plots import attention_figure, bars_figure, token_figure
-from minirlhf.shipped import shipped
 
 run = shipped()
 desk, reference = run.desk, run.reference

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from minirlhf.audit import answer, texts
-from minirlhf.lab.live import Picture
+from minirlhf.desk import PreferenceConfig, make_pairs, raw_bias, relabel
+from minirlhf.drift import DIALS, shipped
+from minirlhf.lab.panels.ranking import LengthDial
+from minirlhf.lab.picture import Picture
 from minirlhf.lab.plots import bars_figure, bias_figure, chart_figure
-from minirlhf.lab.ranking import LengthDial
-from minirlhf.preferences import PreferenceConfig, make_pairs, raw_bias, relabel
-from minirlhf.shipped import DIALS, shipped
 
 run = shipped()
 desk, course = run.desk, run.summary["config"]["preferences"]
@@ -363,7 +363,7 @@ assert all(lead > 0.2 for _, lead in shipped_gaps.values())
 # Six reward models were trained beforehand on the same answers with labels drawn anew.
 
 # %%
-from minirlhf.preferences import label_probability
+from minirlhf.desk import label_probability
 
 rng = {s: np.random.default_rng(0) for s in asked}
 written = {s: [desk.matched_pair(p, rng[s]) for p in prompts] for s, prompts in asked.items()}

@@ -14,10 +14,10 @@ import math
 
 import torch
 
-from minirlhf.lab.live import Picture
-from minirlhf.lab.penalty import BetaDial
+from minirlhf.drift import shipped
+from minirlhf.lab.panels.penalty import BetaDial
+from minirlhf.lab.picture import Picture
 from minirlhf.lab.plots import chart_figure, token_figure
-from minirlhf.shipped import shipped
 
 run = shipped()
 vocabulary = run.desk.vocabulary
@@ -247,7 +247,7 @@ print(check_penalty_climb(penalty_climb))
 # both in units of the true one.
 
 # %%
-from minirlhf.pocket import pocket_desk
+from minirlhf.oracle import pocket_desk
 
 desk = pocket_desk()
 moved = copy.deepcopy(desk.reference).double()
@@ -325,7 +325,7 @@ for step in range(150):
 # all weights.
 
 # %%
-from minirlhf.pocket import anneal, settings
+from minirlhf.oracle.pocket import anneal, settings
 from minirlhf.ppo import PPO
 
 GAP = 0.3
@@ -658,7 +658,7 @@ for k in (4.0, 8.0):
 
 # %% tags=["nbval-ignore-output"]
 # output not compared: policies trained here differ in their last digits between processors
-from minirlhf.lab.penalty import WAYS
+from minirlhf.lab.panels.penalty import WAYS
 
 policies = {("k1 in the reward", beta): train(beta)[0] for beta in (0.05, 0.075, 0.15, 0.3)}
 policies["k1 in the reward", 0.1] = held
@@ -692,9 +692,9 @@ for beta, ends in sorted(good.items()):
 
 # %% [markdown]
 # k3 in the loss is some hundredths off after these steps. (Longer runs of one prompt alone end
-# within 0.03: tests/test_ladder_two_answers.py.) And k3 in the *reward* is not listed: theory says
-# that it holds the rarest prompt, p0 = 0.003, and lets the other seven go. The run let all eight
-# go. Is theory wrong, or is it that eight prompts share one network?
+# within 0.03: tests/oracle/test_ladder_two_answers.py.) And k3 in the *reward* is not listed:
+# theory says that it holds the rarest prompt, p0 = 0.003, and lets the other seven go. The run let
+# all eight go. Is theory wrong, or is it that eight prompts share one network?
 
 # %%
 alone, _ = train(0.1, "reward", "k3", steps=60, on=1)

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from minirlhf.advantages import gae
-from minirlhf.lab.live import Picture
-from minirlhf.lab.updates import ClipDial, CreditDial, clip_figure, clip_share, curves_figure
+from minirlhf.drift import shipped
+from minirlhf.lab.panels.updates import ClipDial, CreditDial, clip_figure, clip_share, curves_figure
+from minirlhf.lab.picture import Picture
 from minirlhf.oracle import ForkChain, clip_steps, net_advantages, two_answer
 from minirlhf.ppo import PPO, ppo_policy_loss
-from minirlhf.shipped import shipped
 
 # %% [markdown]
 # ## 1 Credit: from the TD error to GAE
@@ -316,7 +316,7 @@ print(check_leave_one_out(leave_one_out))
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
 from minirlhf.oracle import two_word_policy, verbose_share
-from minirlhf.pocket import anneal, settings
+from minirlhf.oracle.pocket import anneal, settings
 
 start, price, worth = two_word_policy(0.1), 0.1, 0.26
 theory = float(two_answer(0.1, worth, price))
@@ -439,7 +439,8 @@ for eps in (0.2, 0.1):
 # %%
 from minirlhf.generate import sample
 from minirlhf.model import response_logprobs
-from minirlhf.pocket import pocket_desk, total_variation
+from minirlhf.oracle import pocket_desk
+from minirlhf.oracle.pocket import total_variation
 
 desk = pocket_desk(slope=0.3)
 c = settings(beta=0.5)
@@ -520,7 +521,6 @@ print("three steps: the same batches, the same scores, the same policy as the li
 
 # %%
 from minirlhf.kl import kl_k3
-from minirlhf.push import twin
 
 EPSILONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -529,7 +529,7 @@ def real_updates(run, rollout):
     """For each epsilon the update of a copy: (epsilon, ratios [tokens], KL nats/answer)."""
     mask = rollout.mask
     for eps in EPSILONS:
-        copied = twin(run)
+        copied = run.copy()
         copied.config = replace(run.config, clip=eps)
         copied.update(rollout)
         with torch.no_grad():
@@ -748,7 +748,7 @@ print(f"{points.kl[0]:.1f} it is {points.gold[top] - points.gold[0]:.1f} points 
 # PPO, from one side, falls into place on it.
 
 # %%
-from minirlhf.lab.updates import frontier_figure
+from minirlhf.lab.panels.updates import frontier_figure
 
 Picture(frontier_figure(points.kl.tolist(), points.proxy.tolist(), kl, proxy))
 

@@ -12,10 +12,10 @@
 import numpy as np
 
 from minirlhf.audit import AuditConfig, Auditor
-from minirlhf.lab.goodhart import DriftDial, arms_figure, audit_figure, tilt_moves
-from minirlhf.lab.live import Picture
+from minirlhf.drift import shipped
+from minirlhf.lab.panels.goodhart import DriftDial, arms_figure, audit_figure, tilt_moves
+from minirlhf.lab.picture import Picture
 from minirlhf.lab.plots import chart_figure
-from minirlhf.shipped import shipped
 
 run = shipped()
 desk, answers = run.desk, run.answers
@@ -73,7 +73,8 @@ assert (brief != stopped).mean() < 0.04
 # far as directness? Which stratum ends up longer?
 
 # %%
-from minirlhf.spurious import MEANS, nrg, over_prompts, rates, ruler, slopes
+from minirlhf.audit import nrg, over_prompts, rates, ruler, slopes
+from minirlhf.audit.controls import MEANS
 
 probes = desk.probes(answers.probe.max() + 1)
 graded = desk.grade_many([probes[i] for i in answers.probe], answers.answer, answers.finished)
@@ -133,7 +134,7 @@ assert then < 0.4 and held > 0.8 and gone < 0.2
 
 # %%
 from minirlhf.engine.files import read_json
-from minirlhf.seeds import FRESH
+from minirlhf.sweeps.seeds import FRESH
 
 everything = read_json(run.folder / "seeds.json")["runs"]
 kinds = [(arm, fresh) for fresh in (False, True) for arm in ("drift", "control")]
@@ -283,7 +284,7 @@ for stratum in ("brief", "detailed"):
 # **Predict.** At dial 0: is the slope 0, below, above? At which dial does it cross 0?
 
 # %%
-from minirlhf.shipped import DIALS
+from minirlhf.drift import DIALS
 
 given_gold = {"brief": [], "detailed": []}
 for dial in DIALS:
@@ -625,7 +626,7 @@ print(check_cusum(cusum))
 # sample, more or fewer alarms?
 
 # %%
-from minirlhf.monitor import calibrate, stream
+from minirlhf.audit import calibrate, stream
 
 watched = np.flatnonzero(is_brief)[:24]
 names = ("length_tokens", "evasive")

@@ -17,14 +17,27 @@ from IPython.display import HTML
 
 from minirlhf.advantages import gae, shape_rewards
 from minirlhf.audit import grade
-from minirlhf.autopsy import Convention, split
-from minirlhf.facts import kinds
-from minirlhf.lab.batch_plots import fork, fork_figure, lorenz_figure, part_means, waterfall_figure
+from minirlhf.autopsy import (
+    CLASSES,
+    Convention,
+    push,
+    reconcile,
+    reference_entropy,
+    rescored,
+    split,
+    token_classes,
+    what_if,
+)
+from minirlhf.drift import DIALS, kinds, shipped
 from minirlhf.lab.heatmap import heat_map, passed_up, token_columns
-from minirlhf.lab.live import Picture
-from minirlhf.push import CLASSES, push, reference_entropy, token_classes, twin
-from minirlhf.shipped import DIALS, shipped
-from minirlhf.whatif import reconcile, rescored, what_if
+from minirlhf.lab.panels.batch_plots import (
+    fork,
+    fork_figure,
+    lorenz_figure,
+    part_means,
+    waterfall_figure,
+)
+from minirlhf.lab.picture import Picture
 
 case = shipped()
 run, batch = case.run_before(8), case.rollout(8)  # the run as it was, and what it then drew
@@ -32,11 +45,11 @@ mask = batch.mask
 
 # %% [markdown]
 # The shipped run was saved just before its eighth step: weights, Adam's moments, random numbers.
-# So the batch can be drawn again, and its update can be taken again. `twin` copies a run, and
-# what happens to the copy leaves the original alone.
+# So the batch can be drawn again, and its update can be taken again. `run.copy()` is a
+# copy, and what happens to it leaves the original alone.
 
 # %%
-again, _ = twin(run).rollout()
+again, _ = run.copy().rollout()
 same = (again.responses == batch.responses).all(1).double().mean()
 print(f"{len(batch)} answers, {int(mask.sum())} tokens")
 assert same > 0.9  # all of them, but for rounding on another processor
@@ -287,7 +300,7 @@ HTML(  # no script in it, every text of the batch escaped
 # %% jupyter={"source_hidden": true}
 import ipywidgets as widgets
 
-from minirlhf.lab.batch_table import BatchTable
+from minirlhf.lab.panels.batch_table import BatchTable
 
 one = widgets.HTML()
 
@@ -554,7 +567,7 @@ assert turned["verbose"]["total"] < 0 < turned["concise"]["total"]
 # prompts, *critic refitted* lets the critic follow.
 
 # %% jupyter={"source_hidden": true}
-from minirlhf.lab.batch import BatchPanel
+from minirlhf.lab.panels.batch import BatchPanel
 
 panel = BatchPanel(
     batch,
@@ -614,11 +627,10 @@ controls["eps"].value = start["eps"]
 
 # %% tags=["reveal", "nbval-ignore-output"] jupyter={"outputs_hidden": true}
 print("measured:")  # policies trained here differ in their last digits between processors
-from minirlhf.battery import battery
-from minirlhf.two_answers import TwoAnswerDesk
+from minirlhf.autopsy import TwoAnswerDesk, diagnose
 
 phrase = case.summary["facts"]["brief"]["intervals"]["phrase"]["gap"][0]
-verdict, traces = battery(TwoAnswerDesk(case.config.ppo, phrase))
+verdict, traces = diagnose(TwoAnswerDesk(case.config.ppo, phrase))
 print(verdict.table())
 assert verdict.causes == {"small beta, correct KL"}
 
@@ -636,7 +648,7 @@ assert verdict.causes == {"small beta, correct KL"}
 # %% tags=["nbval-ignore-output"]
 # output not compared: policies trained here differ in their last digits between processors
 literal = replace(case.config.ppo, kl_place="book_literal")
-verdict, _ = battery(TwoAnswerDesk(literal, phrase))
+verdict, _ = diagnose(TwoAnswerDesk(literal, phrase))
 print(f"Verdict: {verdict.said}.")
 assert verdict.causes == {"book-literal penalty"}
 
@@ -647,7 +659,7 @@ assert verdict.causes == {"book-literal penalty"}
 # the labelers' length bias, while it runs: the dial acts from the next step on.
 
 # %% jupyter={"source_hidden": true}
-from minirlhf.lab.live_run import LiveRun
+from minirlhf.lab.panels.steered_run import LiveRun
 
 live = LiveRun(case, batch=64)
 live

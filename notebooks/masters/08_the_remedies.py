@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from IPython.display import HTML
 
-from minirlhf import pair_rules
-from minirlhf.autopsy import Convention, split
-from minirlhf.facts import kinds
-from minirlhf.lab.live import Picture
-from minirlhf.lab.remedy import forest_figure, frontier_figure, push_figure, remedy_table_html
+from minirlhf.autopsy import Convention, follow, push, rescored, split
+from minirlhf.desk import PreferenceConfig, make_pairs, raw_bias
+from minirlhf.drift import Recipe, changed, kinds, shipped
+from minirlhf.lab.panels.remedy import (
+    forest_figure,
+    frontier_figure,
+    push_figure,
+    remedy_table_html,
+)
+from minirlhf.lab.picture import Picture
 from minirlhf.model import response_states
 from minirlhf.ppo import price_and_credit
-from minirlhf.preferences import PreferenceConfig, make_pairs, raw_bias
-from minirlhf.push import push
-from minirlhf.recipe import Recipe, changed
 from minirlhf.remedies import REMEDIES, stack
-from minirlhf.remedy_table import agreement, levels, measured, repaired, summarise
-from minirlhf.shipped import shipped
-from minirlhf.whatif import follow, rescored
+from minirlhf.remedies import pairs as pair_rules
+from minirlhf.sweeps.remedy_table import agreement, levels, measured, repaired, summarise
 
 case = shipped()
 run, batch = case.run_before(8), case.rollout(8)  # the run as it was, and what it then drew
@@ -256,7 +257,7 @@ HTML(remedy_table_html(rows))  # no script in it, every text escaped
 # the end of the trained runs. Compare two.
 
 # %% jupyter={"source_hidden": true}
-from minirlhf.lab.remedy import RemedyPanel
+from minirlhf.lab.panels.remedy import RemedyPanel
 
 panel = RemedyPanel(rows)
 panel
@@ -629,8 +630,8 @@ from checks.c08 import check_remedy
 print(check_remedy(my_remedy))
 
 # %% [markdown]
-# To have it measured like the others, give it a row in `minirlhf/remedies.py` and run `minirlhf
-# remedies` (CONTRIBUTING.md says how).
+# To have it measured like the others, give it a row in `minirlhf/remedies/arms.py` and run
+# `minirlhf remedies` (CONTRIBUTING.md says how).
 #
 # ## 7 Where the literature disagrees
 #
@@ -786,7 +787,7 @@ print(f"adaptive_beta at its batch: beta {earlier.min():.3f} to {earlier.max():.
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
-from minirlhf.lab.explorer import SweepExplorer, closed_form
+from minirlhf.lab.panels.explorer import SweepExplorer, closed_form
 
 sweep = case.sweep.assign(form=closed_form(case.sweep))
 cells = sweep.groupby(["length_bias", "beta", "clip"])[["final_brief_verbose_rate", "form"]].mean()

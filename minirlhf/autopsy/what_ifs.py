@@ -1,0 +1,197 @@
+"""The same batch under other settings: what another convention would have made of it.
+
+`what_if` prices and credits
+the same answers anew; `what_if_clip` takes the real update again, on a copy.
+
+Every answer carries a sentence that says how exact it is. None knows which answers another
+setting would have led to: that takes another run.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minirlhf.advantages import gae, masked_mean, shape_rewards
+from minirlhf.autopsy.convention import Convention, demand, laid_out
+from minirlhf.autopsy.parts import AdvantageParts, split, whitened
+from minirlhf.autopsy.pushes import surrogate_slope
+from minirlhf.config import PPOConfig
+from minirlhf.critic import ridge
+from minirlhf.model import response_logprobs
+from minirlhf.ppo import PPO, Scorer, treat_missing_eos
+from minirlhf.rollout import Rollout
+
+EXACT = "exact for this batch: the same answers and the same critic, priced and credited anew"
+OTHERS = "exact for this batch and the given values in the critic's place; the answers are the same"
+AGAIN = (
+    "exact: the ratios after the real update of this batch, taken again on a copy of the run; the "
+    "update itself was a sum of minibatches, each with ratios of its own"
+)
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """What the batch's advantages would have been, and how far to believe it."""
+
+    parts: AdvantageParts
+    exact: bool
+    why: str
+    """one sentence for the screen"""
+    figures: dict[str, float]
+
+    @property
+    def advantages(self) -> Tensor:
+        """[B, T] float64: the sum of the parts."""
+        return self.parts.total
+
+
+def rescored(rollout: Rollout, reward_model: Scorer, convention: Convention) -> Tensor:
+    """Scores [B] of the same answers by another reward model, with the same missing-EOS rule."""
+    demand(rollout, "finished")
+    with torch.no_grad():
+        scores = reward_model(rollout.prompts, rollout.responses, rollout.mask)
+    return treat_missing_eos(scores, rollout.finished, convention)  # type: ignore[arg-type]
+
+
+def what_if(
+    rollout: Rollout,
+    convention: Convention,
+    *,
+    scores: Tensor | None = None,
+    values: Tensor | None = None,
+    features: Tensor | None = None,
+    **changes: Any,
+) -> WhatIf:
+    """The same answers under other settings (beta=0.3, lam=0.95, whiten_advantages="none",
+    advantage="rloo"), other scores [B] (rescored) or other values [B, T] (zeros: no critic).
+
+    `features` [N, F] of the N tokens in the mask (model.response_states, or the old values) fit the
+    critic again: to the change of what is still to come, each answer counting once. Raises
+    ValueError where beta is not charged in the reward, or where no critic is there to fit.
+    """
+    after = replace(convention, **changes)
+    if "beta" in changes and after.kl_place != "reward":
+        raise ValueError(
+            f"with kl_place {after.kl_place} no advantage depends on beta; add kl_place='reward' "
+            "to ask what charging it in the reward would do"
+        )
+    batch = replace(
+        rollout,
+        scores=rollout.scores if scores is None else scores,
+        values=rollout.values if values is None else values,
+    )
+    if features is not None:
+        return _refitted(rollout, batch, convention, after, features)
+    return WhatIf(split(batch, after), True, EXACT if values is None else OTHERS, {})
+
+
+def repricer(
+    rollout: Rollout, convention: Convention, scores: Mapping[Any, Tensor]
+) -> Callable[[float, Any], WhatIf]:
+    """what_if of beta and of named scores [B], for a dial that is dragged.
+
+    Until whitening the split is linear in beta, so one split a name is enough, and a move costs a
+    tenth. Where it is not (group baselines, whitened rewards) or where no advantage depends on
+    beta, every call is a what_if.
+    """
+    c = convention
+    if c.kl_place != "reward" or c.advantage != "gae" or c.whiten_rewards == "rewards":
+        same = {c.price: {}}
+        return lambda beta, name: what_if(
+            rollout, c, scores=scores[name], **same.get(beta, {"beta": beta})
+        )
+    unit = replace(c, beta=1.0, whiten_advantages="none")
+    raw = {name: split(replace(rollout, scores=x), unit) for name, x in scores.items()}
+
+    def priced(beta: float, name: Any) -> WhatIf:
+        parts = replace(raw[name], kl=beta * raw[name].kl)
+        return WhatIf(whitened(parts, rollout.mask, c), True, EXACT, {})
+
+    return priced
+
+
+def follow(
+    logged: Rollout, batch: Rollout, before: Convention, after: Convention, features: Tensor
+) -> tuple[Tensor, float]:
+    """How far the values [B, T] of a critic would move that followed the change from `logged`
+    under `before` to `batch` under `after`, and the share of the change that it takes up."""
+    change = _to_come(batch, after) - _to_come(logged, before)
+    fitted = _fit(features.double(), change, batch)
+    left = torch.where(batch.mask, change - fitted, 0.0).square().sum()
+    return fitted, 1 - float(left / change.square().sum().clamp(min=1e-12))
+
+
+def _refitted(
+    logged: Rollout, batch: Rollout, before: Convention, after: Convention, features: Tensor
+) -> WhatIf:
+    """`batch` under `after`, with a critic that has followed the change of what is to come."""
+    if after.advantage != "gae":
+        raise ValueError(f"advantage {after.advantage} has no critic that could be fitted again")
+    fitted, absorbed = follow(logged, batch, before, after, features)
+    why = (
+        "approximate: the critic is fitted again to this batch alone, by ridge regression; "
+        "a trained one would have seen other answers"
+    )
+    followed = replace(batch, values=batch.values.double() + fitted)
+    return WhatIf(split(followed, after), False, why, {"absorbed": absorbed})
+
+
+def _to_come(rollout: Rollout, convention: Convention) -> Tensor:
+    """Discounted rewards from each token on, [B, T]."""
+    laid = laid_out(rollout, convention)
+    rewards = shape_rewards(laid.scores, laid.kl, laid.mask, beta=convention.price)  # type: ignore
+    sums = gae(rewards, 0 * rewards, laid.mask, gamma=convention.gamma, lam=1.0)
+    return torch.where(rollout.mask, sums, 0.0)
+
+
+def _fit(features: Tensor, y: Tensor, rollout: Rollout) -> Tensor:
+    """Fitted values [B, T] of y [B, T], regressed on features [N, F] of the masked tokens."""
+    each = 1 / rollout.lengths[:, None].double()  # an answer counts once, however long
+    weights = each.expand_as(rollout.mask)[rollout.mask]
+    solution = ridge(features, y[rollout.mask], weights, shrink_mean=False)
+    fitted = torch.zeros_like(y)
+    fitted[rollout.mask] = features @ solution[:-1] + solution[-1]
+    return fitted
+
+
+def what_if_clip(
+    rollout: Rollout,
+    parts: AdvantageParts,
+    config: PPOConfig,
+    *,
+    run: PPO | None = None,
+    logprobs: Tensor | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> WhatIf:
+    """What the surrogate lets through at the epsilon and style of `config`: parts times ratio, and
+    0 where the clip has cut the gradient.
+
+    With `run` (as it was before this batch) the real update is taken again on a copy, and the ratio
+    is that after it; figures are its metrics. With `logprobs` [B, T] of a later policy the ratio is
+    fixed. `progress` is called before each of the update's minibatches; what it raises ends the
+    update. Raises ValueError where the ratio is 1 everywhere, so that no clip acts.
+    """
+    demand(rollout, "advantages")
+    figures, why = {}, "exact for these log-probs; another epsilon would have led to others"
+    if run is not None:
+        copied, given = run.copy(), (rollout.prompts, rollout.responses, rollout.mask)
+        copied.config = replace(run.config, clip=config.clip, clip_style=config.clip_style)
+        figures = copied.update(rollout, progress=progress)
+        with torch.no_grad():
+            logprobs = response_logprobs(copied.policy, *given, temperature=config.temperature)[0]
+        why = AGAIN
+    now = rollout.logprobs if logprobs is None else logprobs
+    moved = torch.where(rollout.mask, now - rollout.logprobs, 0.0)
+    if moved.abs().max() < 1e-4:
+        raise ValueError(
+            "the ratio is 1 on every token, as in the first minibatch of an update, so no epsilon "
+            "changes anything: give the run, whose update is then taken again, or later log-probs"
+        )
+    each = replace(config, loss_aggregation="sequence_sum")
+    slope = len(rollout) * surrogate_slope(now, rollout, each).double()
+    scaled = {name: slope * x for name, x in vars(parts).items() if x is not None}
+    figures["cut_share"] = float(masked_mean((slope == 0).double(), rollout.mask))
+    return WhatIf(AdvantageParts(**scaled), True, why, figures)

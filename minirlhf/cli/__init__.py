@@ -1,0 +1,1 @@
+"""Every `minirlhf ...` command, its options and what it prints."""

@@ -1,0 +1,1 @@
+"""Panels: a module a figure that follows a dial."""

@@ -1,0 +1,152 @@
+"""Figures of notebook 06 (the drift over training) and its dial: which prompts moved, and how far.
+
+`DriftDial` bins prompts by how often the *reference* already did something ("answers in more than
+N tokens"), and draws how much more often a later policy does it. Half of the reference's samples
+make the bins and the other half is measured: one half for both would move every bin that chance
+had made low. The line is the two-answer tilt with ONE number for all prompts, k, fitted to the
+mean; whether its shape fits is the test. Left out: sampling; it gets lengths.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ipywidgets import SelectionSlider
+from matplotlib.figure import Figure
+
+from minirlhf.lab.picture import LiveFigure, Panel, looks, slider
+from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, STRATUM, VERMILLION, blank, tidy
+from minirlhf.oracle.closed_form import largest_drift
+
+EDGES = np.array([0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9])
+FEWEST = 4  # prompts in a bin that is drawn
+GRID = 1 / (1 + np.exp(-np.linspace(-7, 7, 141)))
+AUDITED = ("length_tokens", "direct", "evasive", "courteous", "correct", "gold")
+UNITS = {"length_tokens": ("length", "tokens"), "gold": ("gold quality", "points")}
+
+
+def audit_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Every rate of the audit (`spurious.rates`) over training, with its interval as a band."""
+    figure = blank(12, 6)
+    for ax, name in zip(np.ravel(figure.subplots(2, 3)), AUDITED, strict=True):
+        title, unit = UNITS.get(name, (f"{name} answers", "share"))
+        tidy(ax, title, "PPO step", unit)
+        for stratum, style in STRATUM.items():
+            here = [r for r in rows if (r["measure"], r["stratum"]) == (name, stratum)]
+            x, y, low, high = ([r[k] for r in here] for k in ("step", "value", "low", "high"))
+            ax.plot(x, y, lw=2.5, ms=5, label=f"{stratum} prompts", **style)
+            ax.fill_between(x, low, high, color=style["color"], alpha=0.2, lw=0)
+        if name != "gold":
+            ax.set_ylim(bottom=0)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=12, frameon=False)
+    last = {(r["measure"], r["stratum"]): r for r in rows}  # the last step stays
+    said = (f"{s} {n} {last[n, s]['value']:.2f}" for n in AUDITED for s in STRATUM)
+    figure.set_label(f"At the end: {', '.join(said)}.")
+    return figure
+
+
+def arms_figure(
+    runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], stratum: str, said: str
+) -> Figure:
+    """Histories of every run by group: RM score and gold over steps, gold over distance gone.
+
+    Up to four groups, two arms first and then the same two again (other seeds): thick lines.
+    """
+    figure = blank(12, 3.9)
+    axes = figure.subplots(1, 3)
+    tidy(axes[0], "what the team saw", "PPO step", "RM score, reward sd")
+    tidy(axes[1], f"gold, {stratum} prompts", "PPO step", "points", "higher is better")
+    tidy(axes[2], "the same, over distance", "square root of KL, nats per answer", "points")
+    styles = ({"color": VERMILLION, "marker": "o"}, {"color": BLUE, "marker": "s", "ls": "--"})
+    styles = [{"lw": 1.0, "ms": 3, "alpha": 0.55, **style} for style in styles]
+    styles += [{"color": color, "lw": 2.4, "ms": 0} for color in (INK, GREEN)]
+    for (arm, histories), style in zip(runs.items(), styles, strict=False):
+        for i, history in enumerate(histories):
+            step, proxy, kl = ([e[k] for e in history] for k in ("step", "rm_score_sd", "kl_nats"))
+            gold, far = [e[stratum]["gold"] for e in history], np.sqrt(np.maximum(kl, 0))
+            for ax, x, y in zip(axes, (step, step, far), (proxy, gold, gold), strict=True):
+                ax.plot(x, y, label="" if i else arm, **style)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=12, frameon=False)
+    figure.set_label(said)
+    return figure
+
+
+def tilt_moves(p0: Any, k: float) -> np.ndarray:
+    """oracle.two_answer(p0, k, 1) - p0, of arrays and quick: odds times e^k, minus p0."""
+    p0 = np.asarray(p0)
+    return 1 / (1 + (1 - p0) / p0 * np.exp(-k)) - p0
+
+
+def fitted_tilt(p0: np.ndarray, weights: np.ndarray, moved: float) -> float:
+    """The k at which shares p0, so weighted, move by `moved` on average; in [-20, 20]."""
+    low, high = -20.0, 20.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        short = weights @ tilt_moves(p0, middle) < moved
+        low, high = (middle, high) if short else (low, middle)
+    return (low + high) / 2
+
+
+class DriftDial(Panel):
+    """Turn the training step and what counts as long: which prompts moved, and the tilt's line.
+
+    `reference` [K, N] and `later` {step: [K', N]} are lengths of sampled answers to N prompts,
+    `brief` [N] their stratum. `shown` holds k, the tilt's peak, and the bins (brief, p0, moved,
+    error, prompts).
+    """
+
+    def __init__(self, reference: np.ndarray, later: Mapping[int, np.ndarray], brief: np.ndarray):
+        self._first, self._second, self._later = reference[::2], reference[1::2], later
+        self._brief = brief
+        figure = blank(10, 4)
+        ax = tidy(figure.subplots(), "who moved", "share of long answers before, p0 (measured)")
+        ax.set(xscale="logit", xlim=(0.006, 0.994), ylim=(-0.1, 1.15))
+        ax.set_ylabel("share after minus before", fontsize=12)
+        ax.set_xticks((0.01, 0.1, 0.5, 0.9, 0.99), ("0.01", "0.1", "0.5", "0.9", "0.99"))
+        ax.minorticks_off()
+        (self._line,) = ax.plot([], [], color=INK, lw=2)
+        (self._peak,) = ax.plot([], [], "|", color=INK, ms=22, mew=2)
+        self._errors = ax.vlines([0.5], 0, 0, color=GREY, lw=2)
+        marks = [(f"{name} prompts", s["color"], s["marker"]) for name, s in STRATUM.items()]
+        dots = [ax.plot([], [], m, color=c, ms=10, label=name) for name, c, m in marks]
+        self._dots = [line for (line,) in dots]
+        self._text = ax.text(0.02, 0.97, "", va="top", fontsize=13, transform=ax.transAxes)
+        figure.legend(handles=self._dots, loc="outside lower center", ncols=2, frameon=False)
+        artists = [self._line, self._peak, self._errors, *self._dots, self._text]
+        steps = {"options": [*later], "value": next(iter(later)), "description": "PPO step"}
+        controls = {
+            "step": SelectionSlider(**steps, **looks()),
+            "tokens": slider("more tokens than", 20, 8, 28, 1),
+        }
+        super().__init__("who moved", controls, LiveFigure(figure, artists, width=900), self.show)
+
+    def show(self, step: int, tokens: int) -> str:
+        """Bins and line for "more than `tokens` tokens" after `step`; returns them in words."""
+        chosen, before = ((x > tokens).mean(0) for x in (self._first, self._second))
+        change = (self._later[step] > tokens).mean(0) - before
+        label = np.digitize(chosen, EDGES) + 100 * ~self._brief
+        found = [(label == b, int((label == b).sum())) for b in np.unique(label)]
+        bins = [self._bin(here, n, before, change) for here, n in found if n >= FEWEST]
+        p0, moved, sizes = (np.array([row[i] for row in bins]) for i in (1, 2, 4))
+        weights = sizes / sizes.sum()
+        k = fitted_tilt(p0, weights, weights @ moved)
+        peak = float(largest_drift(k, 1.0))
+        self.shown = {"k": k, "peak": peak, "bins": bins}
+        self._line.set_data(GRID, tilt_moves(GRID, k))
+        self._peak.set_data([peak], [tilt_moves(peak, k)])
+        self._errors.set_segments([[(p, m - 2 * e), (p, m + 2 * e)] for _, p, m, e, _ in bins])
+        for dots, brief in zip(self._dots, (True, False), strict=True):
+            dots.set_data(*([row[i] for row in bins if row[0] == brief] for i in (1, 2)))
+        said = f"one k for all prompts: {k:.1f}; the tilt moves p0 = {peak:.2f} most"
+        said = said if k < 15 else "all answers are long now: any large k fits"
+        self._text.set_text(said)
+        most = max(bins, key=lambda row: row[2])
+        return f"Step {step}, more than {tokens} tokens: {said}; of the bins, p0 = {most[1]:.2f}."
+
+    def _bin(self, here: np.ndarray, n: int, before: np.ndarray, change: np.ndarray) -> tuple:
+        """(brief, p0, moved, standard error, prompts) of the prompts `here`."""
+        share = (before[here].sum() + 0.05) / (n + 0.1)  # never quite 0 or 1
+        error = change[here].std(ddof=1) / n**0.5
+        return bool(self._brief[here][0]), share, change[here].mean(), error, n
