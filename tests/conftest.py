@@ -30,6 +30,7 @@ def _no_global_rng():
     assert torch.equal(before, torch.get_rng_state()), "something drew from torch's global RNG"
 
 
+@pytest.hookimpl(optionalhook=True)  # xdist may be left out
 def pytest_xdist_make_scheduler(config, log):
     """A file stays on one worker, as a notebook's cells must; the planted bugs are spread out."""
     if config.getvalue("dist") != "loadfile":
