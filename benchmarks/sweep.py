@@ -23,7 +23,8 @@ from minirlhf.drift.config import DriftConfig
 from minirlhf.drift.run import Drift
 from minirlhf.engine import compute
 from minirlhf.engine.jobs import Workers
-from minirlhf.sweeps.grid import Cell, Grid, outcome, run_cells, trajectory
+from minirlhf.sweeps.cells import outcome, run_cells, trajectory
+from minirlhf.sweeps.grid import Cell, Grid
 
 BETAS, CLIPS = (0.02, 0.05, 0.07, 0.2), (0.05, 0.1, 0.2, 0.4)
 

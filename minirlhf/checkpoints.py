@@ -25,7 +25,8 @@ def save_model(path: Path, model: Transformer, *, vocabulary: str, **meta: Any) 
 
 def load_model(path: Path, *, vocabulary: str) -> Transformer:
     """Read a model; StoreError if it is no model or was trained with another vocabulary."""
-    return build_model(*load_tensors(path), vocabulary=vocabulary, source=path)
+    tensors, meta = load_tensors(path)
+    return build_model(tensors, meta, vocabulary=vocabulary, source=path)
 
 
 def build_model(
@@ -43,6 +44,7 @@ def build_model(
         model = Transformer(TransformerConfig(**meta["config"]))
         model.load_state_dict(dict(tensors))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        # torch lists every tensor that does not fit, one a line: the last one is enough
         reason = str(error).split("\n\t")[-1]
         raise StoreError(
             f"{source} does not hold the model it describes ({reason}); make it anew"

@@ -1,12 +1,72 @@
-"""The settings of a PPO run: every one with its meaning, unit and limits.
+"""The settings of every stage, in the order in which the stages run: SFT, reward model, PPO, DPO.
 
-Left out: the models and the prompts (arguments of PPO), and the number of steps (the caller's).
+Each has its meaning, unit and limits; what is out of limits is refused in one sentence. DPO comes
+last because it takes the place of the two stages before it. Nothing is imported here but the
+standard library: `minirlhf drift --help` prints these settings and must not wait for torch.
+Left out: models and prompts (arguments of what is configured), and the number of PPO steps (the
+caller's).
 """
 
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, get_args, get_origin
 
-from minirlhf.kl import Estimator
+Estimator = Literal["k1", "k2", "k3"]
+"""of KL on a sampled token (kl.py)"""
+
+
+def _demand(ok: bool, name: str, value: object, hint: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value}; it {hint}")
+
+
+def demand_positive(section: str, settings: object, *names: str) -> None:
+    """Raises ValueError for the first of the named settings that is 0, less, or NaN."""
+    for name in names:
+        value = getattr(settings, name)
+        # asked this way round because a comparison with NaN is False
+        _demand(value > 0, f"{section}.{name}", value, "must be positive")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """How the reference is trained."""
+
+    demonstrations: int = 12_000
+    """prompt-answer pairs drawn from the desk"""
+    steps: int = 400
+    """optimiser steps"""
+    batch: int = 64
+    """demonstrations in a step"""
+    lr: float = 6e-3
+    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+
+    def __post_init__(self) -> None:
+        demand_positive("sft", self, "demonstrations", "steps", "batch", "lr", "max_grad_norm")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How the reward model is trained."""
+
+    section: ClassVar = "reward"
+    """what these settings are called in messages and metrics"""
+    epochs: int = 2
+    """passes over the pairs"""
+    batch: int = 64
+    """pairs in a step"""
+    lr: float = 2e-3
+    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
+    weight_decay: float = 0.01
+    """AdamW decay"""
+    max_grad_norm: float = 1.0
+    """gradient norm above which a step is scaled down"""
+
+    def __post_init__(self) -> None:
+        demand_positive(self.section, self, "epochs", "batch", "lr", "max_grad_norm")
+        decay = self.weight_decay
+        _demand(decay >= 0, f"{self.section}.weight_decay", decay, "must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -70,86 +130,39 @@ class PPOConfig:
     def __post_init__(self) -> None:
         for f in fields(self):  # a misspelt option would silently mean another one
             if get_origin(f.type) is Literal:
-                value, options = getattr(self, f.name), get_args(f.type)
-                _demand(value in options, f.name, value, f"must be one of {', '.join(options)}")
-        for name in ("batch", "max_new_tokens", "temperature", "epochs", "minibatches", "lr"):
-            _demand(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+                options = get_args(f.type)
+                known = getattr(self, f.name) in options
+                self._limit(f.name, known, f"must be one of {', '.join(options)}")
+        demand_positive(
+            "ppo", self, "batch", "max_new_tokens", "temperature", "epochs", "minibatches", "lr"
+        )
         for name in ("beta", "value_coef", "missing_eos_penalty"):
-            _demand(getattr(self, name) >= 0, name, getattr(self, name), "must be at least 0")
+            self._limit(name, getattr(self, name) >= 0, "must be at least 0")
         for name in ("gamma", "lam"):
-            _demand(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
+            self._limit(name, 0 <= getattr(self, name) <= 1, "must be in [0, 1]")
         for name in ("kl_target", "value_clip", "kl_horizon", "max_grad_norm"):
             value = getattr(self, name)
-            _demand(value is None or value > 0, name, value, "must be positive (or none)")
-        _demand(0 < self.clip < 1, "clip", self.clip, "must lie between 0 and 1, for example 0.2")
-        _demand(
-            self.batch % self.minibatches == 0,
-            "minibatches",
-            self.minibatches,
-            f"must divide ppo.batch ({self.batch})",
-        )
+            self._limit(name, value is None or value > 0, "must be positive (or none)")
+        self._limit("clip", 0 < self.clip < 1, "must lie between 0 and 1, for example 0.2")
+        self._limit_together()
+
+    def _limit_together(self) -> None:
+        """Settings that are right by themselves and not beside each other."""
+        whole = self.batch % self.minibatches == 0
+        self._limit("minibatches", whole, f"must divide ppo.batch ({self.batch})")
         if self.advantage != "gae":
-            ok = self.group >= 2 and self.batch % self.group == 0
-            _demand(ok, "group", self.group, f"must be >= 2 and divide ppo.batch ({self.batch})")
+            whole = self.group >= 2 and self.batch % self.group == 0
+            self._limit("group", whole, f"must be >= 2 and divide ppo.batch ({self.batch})")
         if self.kl_place == "book_literal":
             hint = "must be k1 with kl_place book_literal, which is the log-ratio itself"
-            _demand(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, hint)
+            self._limit("kl_estimator", self.kl_estimator == "k1", hint)
         if self.kl_target is not None:
-            _demand(self.kl_place != "none", "kl_target", self.kl_target, "needs a kl_place")
-            _demand(self.beta > 0, "beta", self.beta, "must be positive where kl_target moves it")
+            self._limit("kl_target", self.kl_place != "none", "needs a kl_place")
+            # a controller multiplies beta: 0 would stay 0
+            self._limit("beta", self.beta > 0, "must be positive where kl_target moves it")
 
-
-def _demand(ok: bool, name: str, value: object, hint: str) -> None:
-    if not ok:
-        raise ValueError(f"ppo.{name} is {value}; it {hint}")
-
-
-@dataclass(frozen=True)
-class SFTConfig:
-    """How the reference is trained."""
-
-    demonstrations: int = 12_000
-    """prompt-answer pairs drawn from the desk"""
-    steps: int = 400
-    """optimiser steps"""
-    batch: int = 64
-    """demonstrations in a step"""
-    lr: float = 6e-3
-    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-
-    def __post_init__(self) -> None:
-        for name in ("demonstrations", "steps", "batch", "lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:  # NaN fails too
-                raise ValueError(f"sft.{name} is {getattr(self, name)}; it must be positive")
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """How the reward model is trained."""
-
-    section: ClassVar = "reward"
-    """what these settings are called in messages and metrics"""
-    epochs: int = 2
-    """passes over the pairs"""
-    batch: int = 64
-    """pairs in a step"""
-    lr: float = 2e-3
-    """learning rate after the first tenth of the steps; it then falls linearly to 0"""
-    weight_decay: float = 0.01
-    """AdamW decay"""
-    max_grad_norm: float = 1.0
-    """gradient norm above which a step is scaled down"""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:  # NaN fails too
-                given = f"{self.section}.{name} is {getattr(self, name)}"
-                raise ValueError(f"{given}; it must be positive")
-        if not self.weight_decay >= 0:
-            given = f"{self.section}.weight_decay is {self.weight_decay}"
-            raise ValueError(f"{given}; it must be at least 0")
+    def _limit(self, name: str, ok: bool, hint: str) -> None:
+        _demand(ok, f"ppo.{name}", getattr(self, name), hint)
 
 
 @dataclass(frozen=True)
@@ -168,5 +181,4 @@ class DPOConfig(RewardConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"dpo.beta is {self.beta}; it must be positive")
+        demand_positive(self.section, self, "beta")

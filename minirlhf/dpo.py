@@ -11,35 +11,47 @@ Source: Rafailov et al. (2023, arXiv 2305.18290, equations 5 to 7).
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minirlhf.config import DPOConfig
 from minirlhf.model import Transformer, response_logprobs
-from minirlhf.reward import Progress, RankedPairs, RewardModel, both_answers, train_reward
+from minirlhf.reward import (
+    LossAndGaps,
+    Progress,
+    RankedPairs,
+    RewardModel,
+    Rows,
+    both_answers,
+    train_reward,
+)
 
 
 def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
+    policy_chosen: Float[Tensor, " B"],
+    policy_rejected: Float[Tensor, " B"],
+    ref_chosen: Float[Tensor, " B"],
+    ref_rejected: Float[Tensor, " B"],
     *,
     beta: float,
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Mean of -log sigmoid(beta (log-ratio of the winner - of the loser)), in nats.
 
     Each argument [B] is the *summed* log-prob of whole answers, nats. At policy = reference it is
     log 2, with gradient -beta / (2 B) on the winner's log-prob and + as much on the loser's.
     """
+    # Rafailov et al. (2023, eq. 7): the constant of the prompt is gone, as both rewards have it
     margin = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return -F.logsigmoid(beta * margin).mean()
 
 
 def answer_logprobs(
-    model: Transformer, pairs: RankedPairs, rows: Tensor | slice
-) -> tuple[Tensor, Tensor]:
+    model: Transformer, pairs: RankedPairs, rows: Rows
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Summed log-probs of the winners and of the losers of `rows`, [N] each, nats."""
-    chosen, rejected = response_logprobs(model, *both_answers(pairs, rows))[0].sum(1).chunk(2)
+    prompts, answers, mask = both_answers(pairs, rows)
+    logprobs, _ = response_logprobs(model, prompts, answers, mask)
+    chosen, rejected = logprobs.sum(1).chunk(2)
     return chosen, rejected
 
 
@@ -57,16 +69,22 @@ def train_dpo(
     `accuracy` is how often beta log(pi / ref), the implicit reward, ranks a pair right. The
     reference, left as it is, is asked once for all pairs. Raises as train_reward does.
     """
-    parts = torch.arange(len(pairs.prompts), device=pairs.prompts.device).split(512)
+    everyone = torch.arange(len(pairs.prompts), device=pairs.prompts.device)
     with torch.no_grad():
-        known = [torch.stack(answer_logprobs(reference, pairs, rows)) for rows in parts]
-    reference_logprobs = torch.cat(known, 1)  # (2, N)
+        known = [
+            torch.stack(answer_logprobs(reference, pairs, rows)) for rows in everyone.split(512)
+        ]
+    reference_logprobs = torch.cat(known, 1)  # (2, N): winners, losers
 
-    def objective(model: RewardModel, pairs: RankedPairs, rows: Tensor) -> tuple[Tensor, Tensor]:
-        now, then = answer_logprobs(model.trunk, pairs, rows), reference_logprobs[:, rows]
-        gaps = (now[0] - then[0]) - (now[1] - then[1])
-        return dpo_loss(*now, *then, beta=config.beta), gaps
+    def objective(model: RewardModel, pairs: RankedPairs, rows: Int[Tensor, " B"]) -> LossAndGaps:
+        chosen, rejected = answer_logprobs(model.trunk, pairs, rows)
+        ref_chosen, ref_rejected = reference_logprobs[:, rows]
+        # the implicit rewards' gap without its beta > 0, which changes no sign (eq. 5)
+        gaps = (chosen - ref_chosen) - (rejected - ref_rejected)
+        loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta)
+        return loss, gaps
 
+    # a reward model is a Transformer with a scale: here its head is not read, only its trunk
     return train_reward(
         RewardModel(policy),
         pairs,

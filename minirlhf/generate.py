@@ -5,114 +5,173 @@ distribution (one draw a row, where torch.multinomial would draw a number for ev
 what a row says does not depend on which rows have ended, and ended rows are dropped from the
 cache without changing a word. Log-probs and values fall out of sampling for free.
 
+This is a second forward pass of model.py's network (`_read` is its states and heads, `_attend` its
+attention), for speed alone: the model itself would read each answer anew for every word of it,
+and sampling 64 answers of 32 words took 8 times as long. tests/core/test_generate.py holds the
+log-probs and values of the two passes equal, to rounding.
+
 Left out: top-k, top-p, repetition penalties. Each makes the sampled distribution another one
 than the scored one, and then a sampled KL can be negative on average.
 """
 
-from types import SimpleNamespace
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf.engine.packing import HIDDEN
 from minirlhf.model import Transformer
-from minirlhf.text import PAD
+from minirlhf.text import PAD, after_padding
 
 SHRINK_BELOW = 0.75  # rows still running, as a share, under which the cache is packed anew
 BLOCK = 32  # columns by which the cache grows
 
 
 class Sample(NamedTuple):
-    """Answers and what the sampler knew; [B, T] each, 0 outside the mask."""
+    """Answers and what the sampler knew of them; 0 (responses: `pad`) outside the mask."""
 
-    responses: Tensor
-    mask: Tensor
-    logprobs: Tensor
-    values: Tensor
+    responses: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    logprobs: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"]
 
 
 class Cache:
-    """Keys and values of the tokens read so far, for the rows that still run.
+    """Keys and values of the tokens read so far, for the B rows that still run.
 
-    Columns are the padded prompt, then the answer; it grows by BLOCK of them. A query meets all
-    and a bias hides those without a token: plain products over some too many are the faster.
+    Columns are the padded prompt, then the answer. A query meets all C of them, and a bias hides
+    those that hold no token: plain products over some columns too many are the faster.
     """
 
-    def __init__(self, model: Transformer, prompts: Tensor, steps: int):
-        c, (rows, width) = model.config, prompts.shape
-        zeros, head = model.tokens.weight.new_zeros, c.d_model // c.n_head
-        self.heads, self.filled, self.limit = c.n_head, 0, width + steps
-        # keys lie transposed, so that a query meets them in one product; all start empty
-        self.keys = [zeros(rows, c.n_head, head, 0) for _ in range(c.n_layer)]
-        self.values = [zeros(rows, c.n_head, 0, head) for _ in range(c.n_layer)]
-        padding = (prompts != PAD).cumsum(1) == 0  # (R, P)
-        self.places = (~padding).cumsum(1).sub_(1).clamp_(min=0)  # [R, s] of the next tokens
-        self.bias = zeros(rows, c.n_head, 1, width) + HIDDEN * padding[:, None, None]
+    def __init__(self, model: Transformer, prompts: Int[Tensor, "B P"], steps: int):
+        config = model.config
+        rows, width = prompts.shape
+        head = config.d_model // config.n_head
+        zeros = model.tokens.weight.new_zeros
+        self.heads = config.n_head
+        self.filled = 0  # columns in use
+        self.limit = width + steps
+        # one of each a layer; keys lie transposed, so that a query meets them in one product
+        self.keys = [zeros(rows, self.heads, head, 0) for _ in range(config.n_layer)]
+        self.values = [zeros(rows, self.heads, 0, head) for _ in range(config.n_layer)]
+        # positions of the tokens that come next: a row's first word is at 0
+        given = after_padding(prompts)
+        self.places = given.cumsum(1).sub_(1).clamp_(min=0)  # (B, P)
+        # added to the scores; (B, H, 1, C), the same for every query of a row
+        self.bias = zeros(rows, self.heads, 1, width) + HIDDEN * ~given[:, None, None]
 
-    def open(self, steps: int) -> Tensor:
-        """Make room for `steps` tokens; the bias [R * H, s, columns] of their queries."""
-        self.filled, self.places = self.filled + steps, self.places[:, -1:] + 1
-        columns = min(-(-self.filled // BLOCK) * BLOCK, self.limit)
+    def open(self, steps: int) -> Float[Tensor, "BH s C"]:
+        """Make room for the next `steps` tokens of each row; the bias of their queries."""
+        self.filled += steps
+        self.places = self.places[:, -1:] + 1
+        # by whole blocks, as making room copies the cache
+        columns = min(math.ceil(self.filled / BLOCK) * BLOCK, self.limit)
         more = columns - self.keys[0].shape[-1]
         if more:
             self.keys = [F.pad(k, (0, more)) for k in self.keys]
             self.values = [F.pad(v, (0, 0, 0, more)) for v in self.values]
             self.bias = F.pad(self.bias, (0, columns - self.bias.shape[-1]), value=HIDDEN)
-        if steps > 1:
-            causal = self.bias.new_full((steps, columns), HIDDEN).triu(1)
-            return (self.bias + causal).flatten(0, 1)
-        self.bias[..., self.filled - 1] = 0
-        return self.bias.flatten(0, 1)
+        if steps == 1:
+            self.bias[..., self.filled - 1] = 0  # the new token may be read from now on
+            return self.bias.flatten(0, 1)
+        # the prompt: its words must not read ahead
+        causal = self.bias.new_full((steps, columns), HIDDEN).triu(1)
+        return (self.bias + causal).flatten(0, 1)
 
-    def select(self, rows: Tensor) -> None:
+    def select(self, rows: Bool[Tensor, " B"]) -> None:
         """Keep only the given rows."""
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        self.places, self.bias = self.places[rows], self.bias[rows]
+        self.keys = [k[rows] for k in self.keys]
+        self.values = [v[rows] for v in self.values]
+        self.places = self.places[rows]
+        self.bias = self.bias[rows]
 
 
-def _attend(w: SimpleNamespace, x: Tensor, cache: Cache, layer: int, bias: Tensor) -> Tensor:
-    """Write x's keys and values into the cache, attend over all of it: [R * s, D] -> [R * s, D]."""
-    (steps, width), heads = (bias.shape[1], x.shape[1]), cache.heads
+Affine = tuple[Tensor, Tensor]
+"""weight and bias"""
+
+
+class _Weights(NamedTuple):
+    """What a block's modules hold: calling these on a word a row would cost sampling 7 % more."""
+
+    attention_norm: Affine
+    mlp_norm: Affine
+    qkv: Affine
+    out: Affine
+    up: Affine
+    down: Affine
+
+
+def _weights(block: Any) -> _Weights:
+    """The weights of a model.Block, without its modules."""
+    parts = block.named_children()
+    return _Weights(**{name: (part.weight, part.bias) for name, part in parts})
+
+
+def _attend(block: _Weights, x: Tensor, cache: Cache, layer: int, bias: Tensor) -> Tensor:
+    """As Block.attention, over the cache: flat [B * s, D] -> [B * s, D].
+
+    Writes the keys and values of the s new tokens of each row into it.
+    """
+    steps = bias.shape[1]
+    heads = cache.heads
+    width = x.shape[1]
+    normed = F.layer_norm(x, (width,), *block.attention_norm)
+    qkv = F.linear(normed, *block.qkv).view(-1, steps, 3, heads, width // heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, s, hd)
+    keys = cache.keys[layer]  # (B, H, hd, C)
+    values = cache.values[layer]  # (B, H, C, hd)
     now = slice(cache.filled - steps, cache.filled)
-    qkv = F.linear(F.layer_norm(x, (width,), *w.attention_norm), *w.qkv)
-    q, k, v = qkv.view(-1, steps, 3, heads, width // heads).permute(2, 0, 3, 1, 4)  # (R, H, s, hd)
-    keys, values = cache.keys[layer], cache.values[layer]
-    keys[..., now], values[:, :, now] = k.transpose(2, 3), v
-    scores = torch.baddbmm(bias, q.flatten(0, 1), keys.flatten(0, 1), alpha=q.shape[-1] ** -0.5)
-    mixed = torch.bmm(scores.softmax(-1), values.flatten(0, 1))  # (R * H, s, hd)
+    keys[..., now] = k.transpose(2, 3)
+    values[:, :, now] = v
+    q = q.flatten(0, 1)  # (B * H, s, hd)
+    weights = torch.baddbmm(bias, q, keys.flatten(0, 1), alpha=q.shape[-1] ** -0.5)
+    weights = weights.softmax(-1)  # (B * H, s, C)
+    mixed = torch.bmm(weights, values.flatten(0, 1))  # (B * H, s, hd)
     mixed = mixed.view(-1, heads, steps, width // heads).transpose(1, 2).reshape(-1, width)
-    return F.linear(mixed, *w.out)
+    return F.linear(mixed, *block.out)
 
 
 def _read(
-    model: Transformer, blocks: list[SimpleNamespace], tokens: Tensor, cache: Cache
+    model: Transformer, blocks: list[_Weights], tokens: Tensor, cache: Cache
 ) -> tuple[Tensor, Tensor]:
-    """Feed tokens [R, s] and return logits [R, V] and values [R] after the last of them."""
-    width, steps = model.config.d_model, tokens.shape[1]
-    where = F.embedding(cache.places, model.positions.weight)
-    x = (F.embedding(tokens, model.tokens.weight) + where).flatten(0, 1)
+    """As Transformer.forward, of the next tokens [B, s]: logits [B, V] and values [B] after them.
+
+    The first call reads the prompts, each later one a word a row.
+    """
+    width = model.config.d_model
+    steps = tokens.shape[1]
+    places = F.embedding(cache.places, model.positions.weight)
+    x = (F.embedding(tokens, model.tokens.weight) + places).flatten(0, 1)  # (B * s, D)
     bias = cache.open(steps)
-    for layer, w in enumerate(blocks):
-        attended = _attend(w, x, cache, layer, bias)
+    for layer, block in enumerate(blocks):
+        attended = _attend(block, x, cache, layer, bias)
         if layer == len(blocks) - 1:
-            x, attended = x[steps - 1 :: steps], attended[steps - 1 :: steps]
+            # only the state after the last token is asked for
+            x = x[steps - 1 :: steps]
+            attended = attended[steps - 1 :: steps]
         x = x + attended
-        hidden = F.linear(F.layer_norm(x, (width,), *w.mlp_norm), *w.up).relu_()
-        x = x + F.linear(hidden, *w.down)
-    norm, scalar = model.final_norm, model.scalar
-    x = F.layer_norm(x, (width,), norm.weight, norm.bias)
-    return x.mm(model.tokens.weight.t()), torch.addmv(scalar.bias, x, scalar.weight[0])
+        normed = F.layer_norm(x, (width,), *block.mlp_norm)
+        hidden = F.linear(normed, *block.up).relu_()
+        x = x + F.linear(hidden, *block.down)
+    x = F.layer_norm(x, (width,), model.final_norm.weight, model.final_norm.bias)
+    logits = x.mm(model.tokens.weight.t())
+    return logits, torch.addmv(model.scalar.bias, x, model.scalar.weight[0])
 
 
 def _pick(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert the CDF: logits [R, V] and uniform [R] in [0, 1) -> tokens [R], logprobs [R]."""
+    """Invert the CDF: logits [B, V] and uniform [B] in [0, 1) -> tokens [B], logprobs [B]."""
     p = logits.softmax(-1)
     cdf = p.cumsum(-1)
+    # a share of the last sum, which rounding leaves a little off 1
     target = uniform[:, None] * cdf[:, -1:]
-    picked = torch.searchsorted(cdf, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    return picked.squeeze(1), p.gather(1, picked).squeeze(1).log_()
+    # right: the first word whose sum *passes* the target, so none of probability 0
+    picked = torch.searchsorted(cdf, target, right=True)
+    picked.clamp_(max=logits.shape[-1] - 1)
+    logprobs = p.gather(1, picked).squeeze(1).log_()
+    return picked.squeeze(1), logprobs
 
 
 @torch.inference_mode()
@@ -120,33 +179,40 @@ def _draw(
     model: Transformer, prompts: Tensor, uniform: Tensor, eos: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, log-probs, values [T, B]; behind a row's EOS stands whatever it went on to say."""
-    # (weight, bias) of each block's parts: calling a module takes as long as its work here
-    parts = [{n: (m.weight, m.bias) for n, m in block.named_children()} for block in model.blocks]
-    blocks = [SimpleNamespace(**named) for named in parts]
-    cache, read = Cache(model, prompts, len(uniform)), prompts
+    blocks = [_weights(block) for block in model.blocks]
+    cache = Cache(model, prompts, len(uniform))
+    # a row a step, so that what a step writes lies together
     tokens = torch.full(uniform.shape, eos, device=prompts.device)
     logprobs, values = model.tokens.weight.new_zeros(2, *uniform.shape)
     rows = torch.arange(len(prompts), device=prompts.device)  # those in the cache
-    running = torch.ones_like(rows, dtype=torch.bool)
+    running = torch.ones_like(rows, dtype=torch.bool)  # of these, the ones that have not ended
+    read = prompts
     for t in range(len(tokens)):
         logits, value = _read(model, blocks, read, cache)
-        picked, logp = _pick(logits if temperature == 1.0 else logits / temperature, uniform[t])
-        for out, found in ((tokens, picked), (logprobs, logp), (values, value)):
-            out[t].index_copy_(0, rows, found)
-        running, read = running & (picked != eos), picked[:, None]
+        if temperature != 1.0:
+            logits = logits / temperature
+        picked, logprob = _pick(logits, uniform[t])
+        tokens[t].index_copy_(0, rows, picked)
+        logprobs[t].index_copy_(0, rows, logprob)
+        values[t].index_copy_(0, rows, value)
+        read = picked[:, None]
+        running = running & (picked != eos)
         left = int(running.count_nonzero())
         if left == 0:
             break
+        # not for every row that ends, as this copies the cache
         if left < SHRINK_BELOW * len(rows):
             cache.select(running)
-            rows, read, uniform = rows[running], read[running], uniform[:, running]
+            rows = rows[running]
+            read = read[running]
+            uniform = uniform[:, running]
             running = running[running]
     return tokens, logprobs, values
 
 
 def sample(
     model: Transformer,
-    prompts: Tensor,
+    prompts: Int[Tensor, "B P"],
     *,
     max_new_tokens: int,
     eos: int,
@@ -156,42 +222,54 @@ def sample(
 ) -> Sample:
     """Answers with the log-probs (at `temperature`, nats) and values met while sampling them.
 
-    prompts [B, P] padded on the left. Raises ValueError if P + max_new_tokens passes the context,
+    Prompts are padded on the left. Raises ValueError if P + max_new_tokens passes the context,
     if a prompt is empty, or if temperature <= 0. The generator is a CPU generator, so that one
     seed means one set of draws on every device.
     """
     _check(model, prompts, max_new_tokens, temperature)
-    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator).T
-    drawn = _draw(model, prompts, uniform.to(prompts.device), eos, temperature)
-    ends = (drawn[0] == eos).long()
+    uniform = torch.rand(len(prompts), max_new_tokens, generator=generator)
+    uniform = uniform.T.to(prompts.device)  # (T, B)
+    tokens, logprobs, values = _draw(model, prompts, uniform, eos, temperature)
+    ends = (tokens == eos).long()
     mask = ends.cumsum(0) == ends  # no EOS before this token
-    tokens, logprobs, values = (
-        torch.where(mask, x, pad if i == 0 else 0.0).T.contiguous() for i, x in enumerate(drawn)
+    return Sample(
+        responses=torch.where(mask, tokens, pad).T.contiguous(),
+        mask=mask.T.contiguous(),
+        logprobs=torch.where(mask, logprobs, 0.0).T.contiguous(),
+        values=torch.where(mask, values, 0.0).T.contiguous(),
     )
-    return Sample(tokens, mask.T.contiguous(), logprobs, values)
 
 
 def generate(
     model: Transformer,
-    prompts: Tensor,
+    prompts: Int[Tensor, "B P"],
     *,
     max_new_tokens: int,
     eos: int,
     pad: int = PAD,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
-    """sample() without log-probs and values: responses [B, T] and mask [B, T], T = max_new_tokens.
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """sample() without log-probs and values: responses and mask, T = max_new_tokens.
 
     The mask is True up to and including EOS; an answer without EOS was cut at the cap.
     """
-    limits = {"max_new_tokens": max_new_tokens, "eos": eos, "pad": pad}
-    out = sample(model, prompts, **limits, temperature=temperature, generator=generator)
+    out = sample(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        eos=eos,
+        pad=pad,
+        temperature=temperature,
+        generator=generator,
+    )
     return out.responses, out.mask
 
 
 def _check(model: Transformer, prompts: Tensor, max_new_tokens: int, temperature: float) -> None:
-    longest = int((prompts != PAD).cumsum(1).gt(0).sum(1).max())
+    """Raise ValueError, in one sentence, for what cannot be sampled."""
+    longest = int(after_padding(prompts).sum(1).max())
+    # one more than the context: the last token of an answer is never read
     if longest + max_new_tokens > model.config.context + 1:
         raise ValueError(
             f"a prompt of {longest} tokens and a response of up to {max_new_tokens} pass the "

@@ -24,50 +24,63 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-Estimator = Literal["k1", "k2", "k3"]
+from minirlhf.config import Estimator
 
 
-def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+def kl_k1(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     """The log-ratio itself, nats per token, same shape as its inputs."""
     return logprobs - ref_logprobs
 
 
-def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+def kl_k2(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     """Half the squared log-ratio, nats per token."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(-l) - 1 + l, nats per token; expm1 keeps it accurate where l is near zero."""
+def kl_k3(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """exp(-l) - 1 + l, nats per token, never negative."""
     log_ratio = logprobs - ref_logprobs
+    # expm1 keeps what exp(-l) - 1 would round away where l is near zero
     return torch.expm1(-log_ratio) + log_ratio
 
 
+# Schulman (2020), "Approximating KL divergence"
 ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
-def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+def exact_kl(
+    logits: Float[Tensor, "*shape V"], ref_logits: Float[Tensor, "*shape V"]
+) -> Float[Tensor, "*shape"]:
     """KL(pi || pi_ref) of whole next-token distributions: [..., V] and [..., V] -> [...] nats.
 
     Tokens that the policy gives probability zero (logit -inf) contribute nothing.
     """
-    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    ref_logp = ref_logits.log_softmax(-1)
     p = logp.exp()
     # masked before the product: 0 * -inf would be NaN in the gradient
-    return (p * torch.where(p > 0, logp - ref_logp, 0.0)).sum(-1)
+    log_ratio = torch.where(p > 0, logp - ref_logp, 0.0)
+    return (p * log_ratio).sum(-1)
 
 
 def kl_tokens(
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor,
+    logprobs: Float[Tensor, "*B T"],
+    ref_logprobs: Float[Tensor, "*B T"],
+    mask: Bool[Tensor, "*#B T"],
     *,
     estimator: Estimator = "k1",
     aggregation: Literal["sequence_sum", "token_mean"] = "sequence_sum",
-) -> Tensor:
-    """What each token pays, [B, T] nats, zero outside the mask.
+) -> Float[Tensor, "*B T"]:
+    """What each token pays, [B, T] nats, zero outside the mask; B may be several axes.
 
     `sequence_sum`: a token pays its own estimate, so an answer pays the sum over its tokens.
     `token_mean`: each estimate is divided by the answer's length, so an answer pays the mean and
@@ -79,9 +92,12 @@ def kl_tokens(
             f"no KL estimator {estimator!r} with aggregation {aggregation!r}: use k1, k2 or k3, "
             "and sequence_sum or token_mean"
         )
-    per_token = torch.where(mask, ESTIMATORS[estimator](logprobs, ref_logprobs), 0.0)
+    estimate = ESTIMATORS[estimator]
+    per_token = torch.where(mask, estimate(logprobs, ref_logprobs), 0.0)
     if aggregation == "token_mean":
-        per_token = per_token / mask.sum(-1, keepdim=True).clamp(min=1)
+        # an answer without a token pays nothing, and is not divided by 0
+        lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+        per_token = per_token / lengths
     return per_token
 
 
@@ -120,6 +136,9 @@ class AdaptiveKL:
 
     def update(self, kl: float, n: int) -> float:
         """Move beta by the clipped relative error of `kl`, measured over `n` answers."""
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.beta *= 1.0 + error * min(n / self.horizon, 1.0)
+        # e_t and beta_{t+1} of Ziegler et al. (2019, section 2.2), whose K_beta is n / horizon
+        error = kl / self.target - 1.0
+        error = min(max(error, -0.2), 0.2)
+        gain = min(n / self.horizon, 1.0)
+        self.beta *= 1.0 + error * gain
         return self.beta

@@ -17,20 +17,14 @@ Sources: Schulman et al. (2017, arXiv 1707.06347, eq. 7 and 9); Ziegler et al. (
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minirlhf.advantages import (
-    gae,
-    grpo_advantages,
-    masked_mean,
-    rescale,
-    rloo_advantages,
-    shape_rewards,
-    whiten,
-)
+from minirlhf.advantages import masked_mean, price_and_credit, treat_missing_eos
 from minirlhf.config import PPOConfig
 from minirlhf.engine.adamw import FlatAdamW
 from minirlhf.generate import sample
@@ -40,35 +34,40 @@ from minirlhf.model import Transformer, response_logprobs
 from minirlhf.rollout import Rollout
 from minirlhf.text import EOS
 
-Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
+Scorer = Callable[
+    [Int[Tensor, "B P"], Int[Tensor, "B T"], Bool[Tensor, "B T"]], Float[Tensor, " B"]
+]
+"""(prompts, responses, mask) -> the scores of the answers, reward sd"""
 
 
 class TrainingDiverged(RuntimeError):
     """A loss stopped being finite; the weights are those of before the failed minibatch."""
 
 
-def aggregate(x: Tensor, mask: Tensor, how: str = "token_mean") -> Tensor:
+def aggregate(
+    x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], how: str = "token_mean"
+) -> Float[Tensor, ""]:
     """Per-token terms [B, T] to one scalar: token_mean, sequence_mean or sequence_sum."""
     if how == "token_mean":
-        return masked_mean(x, mask)
+        return masked_mean(x, mask)  # every token weighs alike: a long answer weighs more
     sums = torch.where(mask, x, 0.0).sum(-1)
     if how == "sequence_mean":
-        sums = sums / mask.sum(-1).clamp(min=1)
+        sums = sums / mask.sum(-1).clamp(min=1)  # every answer weighs alike: 1 / |y|
     elif how != "sequence_sum":
         raise ValueError(f"no aggregation {how!r}: token_mean, sequence_mean or sequence_sum")
     return sums.mean()
 
 
 def ppo_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
     *,
     clip: float = 0.2,
     style: Literal["schulman", "book", "none"] = "schulman",
     aggregation: str = "token_mean",
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """The clipped surrogate, negated for descent; [B, T] inputs, a scalar out.
 
     schulman: -min(rho A, clip(rho, 1-eps, 1+eps) A). book: -min(rho, 1+eps) A, which for A < 0
@@ -76,9 +75,12 @@ def ppo_policy_loss(
     """
     ratio = (logprobs - old_logprobs).exp()
     if style == "schulman":
+        # Schulman et al. (2017, eq. 7): the worse of the two, so that moving further than the
+        # clip earns nothing and going back is always worth it
         bounded = ratio.clamp(1 - clip, 1 + clip)
         surrogate = torch.minimum(ratio * advantages, bounded * advantages)
     elif style == "book":
+        # Xiao and Zhu (2025, chapter 4)
         surrogate = ratio.clamp(max=1 + clip) * advantages
     elif style == "none":
         surrogate = ratio * advantages
@@ -88,64 +90,20 @@ def ppo_policy_loss(
 
 
 def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
+    values: Float[Tensor, "B T"],
+    old_values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
     *,
     clip: float | None = None,
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """Half the mean squared error of values [B, T] to returns; with `clip`, the worse of the
     free and the clipped error, so that moving past old_values +- clip earns nothing."""
-    error = (values - returns).square()
+    error = (values - returns).square()  # L^VF of Schulman et al. (2017, eq. 9)
     if clip is not None:
         near = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum(error, (near - returns).square())
     return 0.5 * masked_mean(error, mask)
-
-
-def treat_missing_eos(scores: Tensor, finished: Tensor, config: PPOConfig) -> Tensor:
-    """Scores [B] after the treatment of answers cut at the cap (finished [B] is False)."""
-    if config.missing_eos == "subtract":
-        return torch.where(finished, scores, scores - config.missing_eos_penalty)
-    if config.missing_eos == "replace":
-        return torch.where(finished, scores, -config.missing_eos_penalty)
-    return scores
-
-
-def price_and_credit(
-    rollout: Rollout, config: PPOConfig, beta: float | Tensor
-) -> dict[str, Tensor]:
-    """kl, rewards, advantages and returns [B, T] of a rollout that has its scores.
-
-    beta is one price, or one for each answer [B, 1]. The advantages are whitened as the config
-    says; the returns never are.
-    """
-    mask = rollout.mask
-    kl = kl_tokens(
-        rollout.logprobs,
-        rollout.ref_logprobs,
-        mask,
-        estimator=config.kl_estimator,
-        aggregation=config.kl_aggregation,
-    )
-    scores = rollout.scores
-    if config.whiten_rewards == "scores":
-        scores = rescale(scores, torch.ones_like(scores, dtype=torch.bool))
-    charged = beta if config.kl_place == "reward" else 0.0
-    rewards = shape_rewards(scores, kl, mask, beta=charged)
-    if config.whiten_rewards == "rewards":
-        rewards = rescale(rewards, mask)
-    if config.advantage == "gae":
-        advantages = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-    else:
-        against = rloo_advantages if config.advantage == "rloo" else grpo_advantages
-        advantages = torch.where(mask, against(rewards.sum(-1), config.group)[:, None], 0.0)
-    returns = advantages + rollout.values if config.advantage == "gae" else rewards
-    if config.whiten_advantages != "none":
-        whitened = whiten if config.whiten_advantages == "shift_scale" else rescale
-        advantages = whitened(advantages, mask)
-    return {"kl": kl, "rewards": rewards, "advantages": advantages, "returns": returns}
 
 
 class Step(NamedTuple):
@@ -165,36 +123,35 @@ class PPO:
         policy: Transformer,
         reference: Transformer,
         reward_model: Scorer,
-        prompts: Tensor,
+        prompts: Int[Tensor, "N P"],
         config: PPOConfig,
         *,
         seed: int = 0,
         eos: int = EOS,
-        prices: Tensor | None = None,
+        prices: Float[Tensor, " N"] | None = None,
     ):
         """prompts [N, P] is the table rollouts draw from; reward_model maps (prompts, responses,
         mask) to scores [B] in reward sd; prices [N] multiply beta for the answers to each prompt.
         Raises ValueError if policy and reference share weights, or for prices that are not charged.
         """
+        _demand_two_models(policy, reference)
         if prices is not None and (config.kl_place != "reward" or len(prices) != len(prompts)):
             raise ValueError(
                 f"prices [{len(prices)}] multiply the KL charged in the reward, one for each of "
                 f"{len(prompts)} prompts; with kl_place {config.kl_place} leave them out"
             )
-        ours = {p.untyped_storage().data_ptr() for p in policy.parameters()}
-        if any(p.untyped_storage().data_ptr() in ours for p in reference.parameters()):
-            raise ValueError(
-                "policy and reference share weights, so their KL would be 0 for ever; give PPO "
-                "a copy: copy.deepcopy(reference)"
-            )
         # a copy of a reference that an earlier run froze is frozen too: thaw it
-        self.policy, self.reference = policy.requires_grad_(True), reference.requires_grad_(False)
-        self.reward_model, self.prompts, self.eos = reward_model, prompts, eos
+        self.policy = policy.requires_grad_(True)
+        self.reference = reference.requires_grad_(False)
+        self.reward_model = reward_model
+        self.prompts = prompts
         self.prices = prices
+        self.eos = eos
         self.optimiser = FlatAdamW(policy, lr=config.lr)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
-        self._config, self.controller = config, _controller(config)
+        self._config = config
+        self.controller = _controller(config)
 
     @property
     def config(self) -> PPOConfig:
@@ -203,7 +160,9 @@ class PPO:
 
     @config.setter
     def config(self, config: PPOConfig) -> None:
-        old, self._config = self._config, config
+        old = self._config
+        self._config = config
+        # another dial leaves an adaptive beta where it has moved to
         kl_dials = ("beta", "kl_target", "kl_horizon")
         if any(getattr(old, name) != getattr(config, name) for name in kl_dials):
             self.controller = _controller(config)
@@ -217,49 +176,75 @@ class PPO:
         """Roll out, score, update. Raises TrainingDiverged on a loss that is not finite."""
         start = time.perf_counter()
         rollout, seconds = self.rollout()
-        priced = time.perf_counter()
-        metrics = summarise(rollout, self.beta) | self.update(rollout)
-        metrics |= {"seconds/update": time.perf_counter() - priced}
-        metrics |= seconds | {"seconds/step": time.perf_counter() - start}
+        scored = time.perf_counter()
+        # in this order: the batch is described as the policy that sampled it left it
+        metrics = {**summarise(rollout, self.beta), **self.update(rollout)}
+        end = time.perf_counter()
+        metrics["seconds/update"] = end - scored
+        metrics.update(seconds)
+        metrics["seconds/step"] = end - start
+        # last, so that the batch was charged the beta that its metrics report
         self.controller.update(metrics["objective/kl_nats"], len(rollout))
         self.steps += 1
         return Step(metrics, rollout)
 
     def rollout(self) -> tuple[Rollout, dict[str, float]]:
         """One batch, scored and credited, and the seconds that sampling and scoring took."""
-        c, clock = self._config, time.perf_counter
-        start = clock()
-        each = c.group if c.advantage != "gae" else 1
-        drawn = torch.randint(len(self.prompts), (c.batch // each,), generator=self.generator)
+        config = self._config
+        start = time.perf_counter()
+        # a group baseline needs several answers to a prompt, as neighbours in the batch
+        each = 1 if config.advantage == "gae" else config.group
+        drawn = torch.randint(len(self.prompts), (config.batch // each,), generator=self.generator)
         index = drawn.repeat_interleave(each).to(self.prompts.device)
         prompts = self.prompts[index]
         answers = sample(
             self.policy,
             prompts,
-            max_new_tokens=c.max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
             eos=self.eos,
-            temperature=c.temperature,
+            temperature=config.temperature,
             generator=self.generator,
         )
-        sampled = clock()
+        sampled = time.perf_counter()
         rollout = self._score(prompts, answers, index)
-        seconds = {"seconds/rollout": sampled - start, "seconds/scoring": clock() - sampled}
+        scored = time.perf_counter()
+        seconds = {"seconds/rollout": sampled - start, "seconds/scoring": scored - sampled}
         return rollout, seconds
 
     @torch.no_grad()
-    def _score(self, prompts: Tensor, answers: tuple[Tensor, ...], index: Tensor) -> Rollout:
+    def _score(
+        self, prompts: Int[Tensor, "B P"], answers: tuple[Tensor, ...], index: Int[Tensor, " B"]
+    ) -> Rollout:
+        """What was sampled, with the reference's opinion, its scores and its advantages."""
         responses, mask, logprobs, values = answers
-        given = (prompts, responses, mask)
-        ref_logprobs, _, ref_eos = response_logprobs(
-            self.reference, *given, temperature=self._config.temperature, eos=self.eos
+        ref_logprobs, _, ref_eos_logprobs = response_logprobs(
+            self.reference,
+            prompts,
+            responses,
+            mask,
+            temperature=self._config.temperature,  # that of sampling, or KL is of another policy
+            eos=self.eos,
         )
+        # within the mask: an EOS of the prompt, or behind the answer, ends nothing
         finished = ((responses == self.eos) & mask).any(-1)
-        scores = treat_missing_eos(self.reward_model(*given), finished, self._config)
-        known = {"finished": finished, "ref_eos_logprobs": ref_eos, "index": index}
-        fields = (*given, logprobs, ref_logprobs, values, scores)
-        bare = Rollout(*fields, **known)
-        beta = self.beta if self.prices is None else self.beta * self.prices[index][:, None]
-        return Rollout(*fields, **known, **price_and_credit(bare, self._config, beta))
+        scores = self.reward_model(prompts, responses, mask)
+        scores = treat_missing_eos(scores, finished, self._config)
+        rollout = Rollout(
+            prompts=prompts,
+            responses=responses,
+            mask=mask,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            values=values,
+            scores=scores,
+            finished=finished,
+            ref_eos_logprobs=ref_eos_logprobs,
+            index=index,
+        )
+        beta = self.beta
+        if self.prices is not None:
+            beta = beta * self.prices[index][:, None]
+        return replace(rollout, **price_and_credit(rollout, self._config, beta))
 
     def update(
         self, rollout: Rollout, *, progress: Callable[[], None] = lambda: None
@@ -268,28 +253,30 @@ class PPO:
 
         `progress` is called before each of them; what it raises ends the update there.
         """
-        c, rows = self._config, []
-        self.optimiser.lr = c.lr
-        for _ in range(c.epochs):
+        config = self._config
+        self.optimiser.lr = config.lr
+        rows: list[dict[str, Tensor]] = []
+        for _ in range(config.epochs):
             order = torch.randperm(len(rollout), generator=self.generator)
-            for part in order.to(rollout.mask.device).split(len(rollout) // c.minibatches):
+            order = order.to(rollout.mask.device)
+            for part in order.split(len(rollout) // config.minibatches):
                 progress()
                 loss, metrics = self.loss(rollout.select(part))
                 self.optimiser.zero_grad()
                 loss.backward()
-                norm = self.optimiser.clip_grad(c.max_grad_norm)
+                norm = self.optimiser.clip_grad(config.max_grad_norm)
                 if not torch.isfinite(loss + norm):  # a finite loss may have a NaN gradient
                     raise TrainingDiverged(
                         f"PPO loss is {loss.item()}, its gradient norm {norm.item()} in step "
-                        f"{self.steps + 1}: the weights of before are kept; lower ppo.lr ({c.lr}) "
-                        "or look for a score that is huge"
+                        f"{self.steps + 1}: the weights of before are kept; lower ppo.lr "
+                        f"({config.lr}) or look for a score that is huge"
                     )
-                metrics["update/grad_norm"] = norm
                 self.optimiser.step()
+                metrics["update/grad_norm"] = norm
                 rows.append(metrics)
-        return {name: float(sum(float(r[name]) for r in rows) / len(rows)) for name in rows[0]}
+        return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
 
-    def loss(self, batch: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Rollout) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The scalar to descend for a (mini)batch, and its metrics."""
         logprobs, values = response_logprobs(
             self.policy,
@@ -301,40 +288,61 @@ class PPO:
         return self.loss_of(logprobs, values, batch, beta=self.beta)
 
     def loss_of(
-        self, logprobs: Tensor, values: Tensor, batch: Rollout, *, beta: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        logprobs: Float[Tensor, "B T"],
+        values: Float[Tensor, "B T"],
+        batch: Rollout,
+        *,
+        beta: float,
+    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The same, from the policy's log-probs and values [B, T] of the batch's tokens."""
-        c, mask = self._config, batch.mask
+        config = self._config
+        mask = batch.mask
         assert batch.advantages is not None and batch.returns is not None
-        how = c.loss_aggregation
-        surrogate = ppo_policy_loss(
+        total = ppo_policy_loss(
             logprobs,
             batch.logprobs,
             batch.advantages,
             mask,
-            clip=c.clip,
-            style=c.clip_style,
-            aggregation=how,
+            clip=config.clip,
+            style=config.clip_style,
+            aggregation=config.loss_aggregation,
         )
-        total, metrics = surrogate, {"policy/loss": surrogate.detach()}
-        if c.advantage == "gae":
-            critic = value_loss(values, batch.values, batch.returns, mask, clip=c.value_clip)
-            total, metrics["value/loss"] = total + c.value_coef * critic, critic.detach()
-        if c.kl_place in ("loss", "book_literal"):
+        metrics = {"policy/loss": total.detach()}
+        if config.advantage == "gae":
+            critic = value_loss(values, batch.values, batch.returns, mask, clip=config.value_clip)
+            total = total + config.value_coef * critic
+            metrics["value/loss"] = critic.detach()
+        if config.kl_place in ("loss", "book_literal"):
+            tokens = kl_tokens(
+                logprobs,
+                batch.ref_logprobs,
+                mask,
+                estimator=config.kl_estimator,
+                aggregation=config.kl_aggregation,
+            )
             # summed KL is aggregated as the surrogate is; a mean over tokens is a mean already
-            ref, kind, per = batch.ref_logprobs, c.kl_estimator, c.kl_aggregation
-            tokens = kl_tokens(logprobs, ref, mask, estimator=kind, aggregation=per)
-            kl = aggregate(tokens, mask, how if per == "sequence_sum" else "sequence_sum")
-            total, metrics["policy/kl_loss"] = total + beta * kl, kl.detach()
-        return total, metrics | update_metrics(logprobs.detach(), batch, c.clip)
+            how = config.loss_aggregation
+            if config.kl_aggregation == "token_mean":
+                how = "sequence_sum"
+            kl = aggregate(tokens, mask, how)
+            total = total + beta * kl
+            metrics["policy/kl_loss"] = kl.detach()
+        metrics.update(update_metrics(logprobs.detach(), batch, config.clip))
+        return total, metrics
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a later step depends on, as flat tensors for one safetensors file."""
-        state = {f"policy.{k}": v.detach().clone() for k, v in self.policy.state_dict().items()}
-        state |= {f"optimiser.{k}": v for k, v in self.optimiser.state_dict().items()}
-        beta = torch.tensor(self.controller.beta, dtype=torch.float64)
-        counts = {"steps": torch.tensor(self.steps), "beta": beta}
-        return state | counts | {"generator": self.generator.get_state().clone()}
+        state = {}
+        for name, tensor in self.policy.state_dict().items():
+            state[f"policy.{name}"] = tensor.detach().clone()
+        for name, tensor in self.optimiser.state_dict().items():
+            state[f"optimiser.{name}"] = tensor
+        state["steps"] = torch.tensor(self.steps)
+        # float64, as a Python float is: an adaptive beta goes on where it was
+        state["beta"] = torch.tensor(self.controller.beta, dtype=torch.float64)
+        state["generator"] = self.generator.get_state().clone()
+        return state
 
     def copy(self) -> "PPO":
         """A run in the same state with weights of its own: what it does leaves this one alone."""
@@ -353,10 +361,21 @@ class PPO:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where state_dict() was taken; the steps that follow are equal bit for bit."""
         for prefix, part in (("policy.", self.policy), ("optimiser.", self.optimiser)):
-            named = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-            part.load_state_dict(named)
-        self.steps, self.controller.beta = int(state["steps"]), float(state["beta"])
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            part.load_state_dict(own)
+        self.steps = int(state["steps"])
+        self.controller.beta = float(state["beta"])
         self.generator.set_state(state["generator"])
+
+
+def _demand_two_models(policy: Transformer, reference: Transformer) -> None:
+    """Raises ValueError if the two share a weight, which a step would move in both."""
+    ours = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    if any(p.untyped_storage().data_ptr() in ours for p in reference.parameters()):
+        raise ValueError(
+            "policy and reference share weights, so their KL would be 0 for ever; give PPO "
+            "a copy: copy.deepcopy(reference)"
+        )
 
 
 def _controller(config: PPOConfig) -> FixedKL | AdaptiveKL:

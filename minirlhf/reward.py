@@ -10,10 +10,11 @@ Sources: Bradley and Terry (1952); Stiennon et al. (2020, arXiv 2009.01325, sect
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from minirlhf.config import RewardConfig
@@ -23,28 +24,36 @@ from minirlhf.model import Transformer, answer_scalars
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
+@runtime_checkable  # so that the checker of the tests can ask
 class RankedPairs(Protocol):
     """What training reads: prompts [N, P]; winner and loser [N, T] with their masks."""
 
     @property
-    def prompts(self) -> Tensor: ...  # noqa: D102
+    def prompts(self) -> Int[Tensor, "N P"]: ...  # noqa: D102
     @property
-    def chosen(self) -> Tensor: ...  # noqa: D102
+    def chosen(self) -> Int[Tensor, "N T"]: ...  # noqa: D102
     @property
-    def chosen_mask(self) -> Tensor: ...  # noqa: D102
+    def chosen_mask(self) -> Bool[Tensor, "N T"]: ...  # noqa: D102
     @property
-    def rejected(self) -> Tensor: ...  # noqa: D102
+    def rejected(self) -> Int[Tensor, "N T"]: ...  # noqa: D102
     @property
-    def rejected_mask(self) -> Tensor: ...  # noqa: D102
+    def rejected_mask(self) -> Bool[Tensor, "N T"]: ...  # noqa: D102
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: float | Tensor = 0.0) -> Tensor:
+def bradley_terry_loss(
+    chosen: Float[Tensor, " B"],
+    rejected: Float[Tensor, " B"],
+    *,
+    margin: float | Float[Tensor, " B"] = 0.0,
+) -> Float[Tensor, ""]:
     """Mean of -log sigmoid(r_chosen - r_rejected - margin), in nats; scores [B] each.
 
     The gradient on r_chosen is -(1 - p) / B with p the modelled chance of the label: a pair that
     is ranked well already teaches nothing.
     """
-    return -F.logsigmoid(chosen - rejected - margin).mean()
+    # Stiennon et al. (2020, section 3.4); a margin moves the gap at which a label is a toss-up
+    gap = chosen - rejected - margin
+    return -F.logsigmoid(gap).mean()
 
 
 class RewardModel(nn.Module):
@@ -59,23 +68,43 @@ class RewardModel(nn.Module):
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("sd", torch.tensor(sd))
 
-    def forward(self, prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
-        """Scores [B] in reward sd of responses [B, T] to prompts [B, P]; differentiable."""
-        return (answer_scalars(self.trunk, prompts, responses, mask) - self.mean) / self.sd
+    def forward(
+        self,
+        prompts: Int[Tensor, "B P"],
+        responses: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B ..."]:
+        """Scores [B] in reward sd of responses [B, T] to prompts [B, P]; differentiable.
+
+        A trunk whose scalar head has K outputs gives [B, K].
+        """
+        raw = answer_scalars(self.trunk, prompts, responses, mask)
+        return (raw - self.mean) / self.sd
 
     @torch.no_grad()
     def score(
-        self, prompts: Tensor, responses: Tensor, mask: Tensor, *, chunk: int = 1024
-    ) -> Tensor:
+        self,
+        prompts: Int[Tensor, "B P"],
+        responses: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+        *,
+        chunk: int = 1024,
+    ) -> Float[Tensor, "B ..."]:
         """As forward(), without gradients, in chunks of rows."""
-        parts = zip(prompts.split(chunk), responses.split(chunk), mask.split(chunk), strict=True)
-        return torch.cat([self(*part) for part in parts])
+        chunks = zip(prompts.split(chunk), responses.split(chunk), mask.split(chunk), strict=True)
+        return torch.cat([self(*part) for part in chunks])
 
-    def calibrate(self, prompts: Tensor, responses: Tensor, mask: Tensor) -> None:
+    def calibrate(
+        self,
+        prompts: Int[Tensor, "B P"],
+        responses: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"],
+    ) -> None:
         """Set the scale so that these answers (the reference's own) score mean 0, sd 1.
 
         Raises ValueError if they all score alike, which leaves no unit to measure in.
         """
+        # as the trunk says them, whatever scale was set before
         raw = self.score(prompts, responses, mask) * self.sd + self.mean
         if not raw.std() > 1e-6:
             raise ValueError("the reward model gives every reference answer one score; train it")
@@ -83,11 +112,14 @@ class RewardModel(nn.Module):
         self.sd.copy_(raw.std())
 
 
-Objective = Callable[[RewardModel, RankedPairs, Tensor], tuple[Tensor, Tensor]]
+Rows = Int[Tensor, " B"] | slice
+"""which pairs: their numbers, or a stretch of them"""
+LossAndGaps = tuple[Float[Tensor, ""], Float[Tensor, " B"]]
+Objective = Callable[[RewardModel, RankedPairs, Int[Tensor, " B"]], LossAndGaps]
 """(model, pairs, rows [B]) -> the loss, and the gaps r_chosen - r_rejected [B] of what is kept."""
 
 
-def plain_ranking(model: RewardModel, pairs: RankedPairs, rows: Tensor) -> tuple[Tensor, Tensor]:
+def plain_ranking(model: RewardModel, pairs: RankedPairs, rows: Int[Tensor, " B"]) -> LossAndGaps:
     """The ranking loss of the scores as they are, and the gaps [B] behind it."""
     chosen, rejected = score_pairs(model, pairs, rows)
     return bradley_terry_loss(chosen, rejected), chosen - rejected
@@ -107,15 +139,24 @@ def train_reward(
     `objective` is what is minimised (bias can be taken out there). Raises ValueError if the pairs
     do not fill one batch, FloatingPointError if the loss stops being finite.
     """
-    count, decay, betas = len(pairs.prompts), config.weight_decay, (0.9, 0.98)
+    count = len(pairs.prompts)
     if count < config.batch:
-        why = f"{count} pairs do not fill one batch of {config.batch}"
-        raise ValueError(f"{why}: draw more pairs or lower {config.section}.batch")
-    optimiser = FlatAdamW(model.trunk, lr=config.lr, betas=betas, weight_decay=decay)
-    total, history = config.epochs * (count // config.batch), []
+        raise ValueError(
+            f"{count} pairs do not fill one batch of {config.batch}: draw more pairs or lower "
+            f"{config.section}.batch"
+        )
+    optimiser = FlatAdamW(
+        model.trunk,
+        lr=config.lr,
+        betas=(0.9, 0.98),  # a short memory of squared gradients, as in SFT
+        weight_decay=config.weight_decay,
+    )
+    batches = count // config.batch  # in a pass; the few pairs left over wait for the next one
+    total = config.epochs * batches
+    history: list[dict[str, float]] = []
     for _ in range(config.epochs):
         order = torch.randperm(count, generator=generator).to(pairs.prompts.device)
-        for rows in order[: count - count % config.batch].split(config.batch):
+        for rows in order[: batches * config.batch].split(config.batch):
             optimiser.lr = learning_rate(config.lr, len(history), total)
             loss, gaps = objective(model, pairs, rows)
             if not torch.isfinite(loss):
@@ -128,24 +169,31 @@ def train_reward(
             optimiser.clip_grad(config.max_grad_norm)
             optimiser.step()
             accuracy = (gaps > 0).float().mean()
-            row = {"loss": loss.item(), "accuracy": accuracy.item()}
-            history.append({f"{config.section}/{name}": value for name, value in row.items()})
-            progress(len(history), total, history[-1])
+            metrics = {
+                f"{config.section}/loss": loss.item(),
+                f"{config.section}/accuracy": accuracy.item(),
+            }
+            history.append(metrics)
+            progress(len(history), total, metrics)
     return history
 
 
-def both_answers(pairs: RankedPairs, rows: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
+def both_answers(
+    pairs: RankedPairs, rows: Rows
+) -> tuple[Int[Tensor, "both P"], Int[Tensor, "both T"], Bool[Tensor, "both T"]]:
     """Prompts, answers and mask of `rows`, [2N, ...] each: the winners, then the losers."""
+    prompts = pairs.prompts[rows].repeat(2, 1)
     answers = torch.cat([pairs.chosen[rows], pairs.rejected[rows]])
     mask = torch.cat([pairs.chosen_mask[rows], pairs.rejected_mask[rows]])
-    return pairs.prompts[rows].repeat(2, 1), answers, mask
+    return prompts, answers, mask
 
 
 def score_pairs(
-    model: RewardModel, pairs: RankedPairs, rows: Tensor | slice = slice(None)
-) -> tuple[Tensor, Tensor]:
+    model: RewardModel, pairs: RankedPairs, rows: Rows = slice(None)
+) -> tuple[Float[Tensor, "N ..."], Float[Tensor, "N ..."]]:
     """Scores of the winners and of the losers of `rows`, [N] each, in one pass."""
-    chosen, rejected = model(*both_answers(pairs, rows)).chunk(2)
+    prompts, answers, mask = both_answers(pairs, rows)
+    chosen, rejected = model(prompts, answers, mask).chunk(2)
     return chosen, rejected
 
 
@@ -153,4 +201,6 @@ def score_pairs(
 def ranking_accuracy(model: RewardModel, pairs: RankedPairs) -> float:
     """Share of pairs whose winner scores higher; a tie counts one half."""
     chosen, rejected = score_pairs(model, pairs)
-    return ((chosen > rejected).double() + 0.5 * (chosen == rejected)).mean().item()
+    won = (chosen > rejected).double()
+    tied = (chosen == rejected).double()
+    return (won + 0.5 * tied).mean().item()

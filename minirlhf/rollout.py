@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf.text import last_token
@@ -21,41 +22,46 @@ from minirlhf.text import last_token
 class Rollout:
     """One batch: text, log-probs, values, scores, and what PPO made of them."""
 
-    prompts: Tensor
+    prompts: Int[Tensor, "B P"]
     """[B, P] token ids"""
-    responses: Tensor
+    responses: Int[Tensor, "B T"]
     """[B, T] token ids"""
-    mask: Tensor
+    mask: Bool[Tensor, "B T"]
     """[B, T] bool"""
-    logprobs: Tensor
+    logprobs: Float[Tensor, "B T"]
     """[B, T] nats: log pi_old of the sampled tokens, at the sampling temperature"""
-    ref_logprobs: Tensor
+    ref_logprobs: Float[Tensor, "B T"]
     """[B, T] nats: the same tokens under the frozen reference, same temperature"""
-    values: Tensor
+    values: Float[Tensor, "B T"]
     """[B, T] reward sd: the critic before each token"""
-    scores: Tensor
+    scores: Float[Tensor, " B"]
     """[B] reward sd: what PPO was given for the whole answer, after any missing-EOS treatment"""
-    kl: Tensor | None = None
+    kl: Float[Tensor, "B T"] | None = None
     """[B, T] nats: the penalty's estimate per token (estimator and aggregation applied); charged
     in the reward only if the run's kl_place says so"""
-    rewards: Tensor | None = None
+    rewards: Float[Tensor, "B T"] | None = None
     """[B, T] reward sd: -beta * kl where KL is charged, plus the score on the last token, and
     then divided by its sd if the run whitens rewards"""
-    advantages: Tensor | None = None
+    advantages: Float[Tensor, "B T"] | None = None
     """[B, T] what multiplies the gradient: whitened, if the run whitens"""
-    returns: Tensor | None = None
+    returns: Float[Tensor, "B T"] | None = None
     """[B, T] reward sd: the critic's target"""
-    finished: Tensor | None = None
+    finished: Bool[Tensor, " B"] | None = None
     """[B] bool: the answer ended by EOS (False: cut at the cap)"""
-    ref_eos_logprobs: Tensor | None = None
+    ref_eos_logprobs: Float[Tensor, "B T"] | None = None
     """[B, T] nats: log-probability that the reference would have stopped before this token"""
-    index: Tensor | None = None
+    index: Int[Tensor, " B"] | None = None
     """[B] which prompt of the caller's prompt table each row answers"""
 
     def __post_init__(self) -> None:
         batch, steps = self.responses.shape
-        shapes = {"prompts": (batch, self.prompts.shape[-1]), "scores": (batch,)}
-        shapes |= {"finished": (batch,), "index": (batch,)}
+        # every field is [B, T] but for these
+        shapes = {
+            "prompts": (batch, self.prompts.shape[-1]),
+            "scores": (batch,),
+            "finished": (batch,),
+            "index": (batch,),
+        }
         for name, tensor in self.tensors().items():
             expected = shapes.get(name, (batch, steps))
             if tuple(tensor.shape) != expected:
@@ -78,26 +84,29 @@ class Rollout:
         return {name: tensor for name, tensor in present.items() if tensor is not None}
 
     @property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> Int[Tensor, " B"]:
         """[B] tokens of each answer, EOS included."""
         return self.mask.sum(-1)
 
     @property
-    def last(self) -> Tensor:
+    def last(self) -> Int[Tensor, " B"]:
         """[B] index of each answer's last token; -1 for an answer without one."""
         return last_token(self.mask)
 
-    def select(self, rows: Tensor) -> "Rollout":
-        """The rollout of the given rows (indices or a bool [B])."""
-        return replace(self, **{name: t[rows] for name, t in self.tensors().items()})
+    def select(self, rows: Int[Tensor, " N"] | Bool[Tensor, " B"]) -> "Rollout":
+        """The rollout of the given rows (indices [N] or a bool [B])."""
+        chosen = {name: tensor[rows] for name, tensor in self.tensors().items()}
+        return replace(self, **chosen)
 
     def to(self, *args: Any, **kwargs: Any) -> "Rollout":
         """Tensor.to for the floating-point fields; device moves apply to all fields."""
         moved = {}
         for name, tensor in self.tensors().items():
             out = tensor.to(*args, **kwargs)
-            keep = not tensor.is_floating_point() and out.dtype != tensor.dtype
-            moved[name] = out.to(tensor.dtype) if keep else out
+            if not tensor.is_floating_point():
+                # token ids and masks follow to another device, never to another type
+                out = out.to(tensor.dtype)
+            moved[name] = out
         return replace(self, **moved)
 
 
@@ -113,6 +122,9 @@ def concat(rollouts: Sequence[Rollout]) -> Rollout:
         raise ValueError(
             f"batches of several (prompt, response) widths {sorted(widths)}: pad them alike first"
         )
-    shared = set.intersection(*(set(r.tensors()) for r in rollouts))
-    names = [f.name for f in fields(Rollout) if f.name in shared]
-    return Rollout(**{name: torch.cat([getattr(r, name) for r in rollouts]) for name in names})
+    columns = [r.tensors() for r in rollouts]
+    together = {}
+    for name in columns[0]:
+        if all(name in one for one in columns):
+            together[name] = torch.cat([one[name] for one in columns])
+    return Rollout(**together)

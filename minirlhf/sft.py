@@ -11,6 +11,7 @@ Source: Ouyang et al. (2022, arXiv 2203.02155, section 3.5).
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minirlhf.config import SFTConfig
@@ -20,15 +21,15 @@ from minirlhf.model import Transformer, response_heads, token_logprobs
 
 def train_sft(
     model: Transformer,
-    prompts: Tensor,
-    responses: Tensor,
-    mask: Tensor,
+    prompts: Int[Tensor, "N P"],
+    responses: Int[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
     config: SFTConfig,
     *,
     generator: torch.Generator,
     progress: Callable[[int, int, dict[str, float]], None] = lambda step, total, metrics: None,
 ) -> list[dict[str, float]]:
-    """Fit `model` in place to prompts [N, P] -> responses [N, T]; one row of metrics per step.
+    """Fit `model` in place to N prompts -> responses; one row of metrics per step.
 
     Raises FloatingPointError if the loss stops being finite.
     """
@@ -38,13 +39,16 @@ def train_sft(
     for step in range(config.steps):
         rows = torch.randint(len(prompts), (config.batch,), generator=generator)
         rows = rows.to(prompts.device)
-        optimiser.lr = learning_rate(config.lr, step, config.steps)
-        logits, _ = response_heads(model, prompts[rows], responses[rows], mask[rows])
-        loss = -token_logprobs(logits, responses[rows][mask[rows]]).mean()
+        said = responses[rows]
+        learnt = mask[rows]
+        logits, _ = response_heads(model, prompts[rows], said, learnt)
+        # a token counts the same in a short answer and in a long one
+        loss = -token_logprobs(logits, said[learnt]).mean()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"reference loss is {loss.item()} at step {step}; lower sft.lr ({config.lr})"
             )
+        optimiser.lr = learning_rate(config.lr, step, config.steps)
         optimiser.zero_grad()
         loss.backward()
         optimiser.clip_grad(config.max_grad_norm)

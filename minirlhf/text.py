@@ -11,10 +11,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-PAD, EOS, SEP = 0, 1, 2
 SPECIALS = ("<pad>", "<eos>", "<sep>")
+PAD, EOS, SEP = 0, 1, 2  # their ids
 
 
 class UnknownWord(ValueError):
@@ -32,13 +33,13 @@ class Vocabulary:
 
     def __init__(self, words: Iterable[str]):
         self.words: tuple[str, ...] = (*SPECIALS, *words)
-        self._ids = {word: i for i, word in enumerate(self.words)}
-        if len(self._ids) != len(self.words):
-            twice = sorted({w for w in self.words if self.words.count(w) > 1})
-            raise ValueError(f"vocabulary lists {twice[0]!r} twice; list every word once")
-        split = [word for word in self.words if word.split() != [word]]
-        if split:
-            raise ValueError(f"word {split[0]!r} is empty or holds white space; no text can say it")
+        self._ids: dict[str, int] = {}
+        for i, word in enumerate(self.words):
+            if word in self._ids:
+                raise ValueError(f"vocabulary lists {word!r} twice; list every word once")
+            if word.split() != [word]:
+                raise ValueError(f"word {word!r} is empty or holds white space; no text can say it")
+            self._ids[word] = i
 
     def __len__(self) -> int:
         return len(self.words)
@@ -50,7 +51,8 @@ class Vocabulary:
         except KeyError as missing:
             word = str(missing.args[0])
             near = difflib.get_close_matches(word, self.words, n=3)
-            near = near or [w for w in self.words if w.isalpha()][:3]
+            if not near:
+                near = [known for known in self.words if known.isalpha()][:3]
             raise UnknownWord(
                 f"unknown word {word!r} in {text!r}; the {len(self)} known words include "
                 f"{', '.join(near)} (write punctuation as a word of its own: 'friday .')"
@@ -58,17 +60,23 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """Text of `ids`, without the special tokens."""
-        return " ".join(self.words[int(i)] for i in ids if int(i) >= len(SPECIALS))
+        said = [int(i) for i in ids]
+        return " ".join(self.words[i] for i in said if i >= len(SPECIALS))
 
     @property
     def fingerprint(self) -> str:
         """A short hash of the word list; a checkpoint stores it to refuse another vocabulary."""
-        return hashlib.sha256("\n".join(self.words).encode()).hexdigest()[:16]
+        text = "\n".join(self.words)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def left_pad(sequences: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
-    """Prompts as one LongTensor [B, P], padded on the left. ValueError if one does not fit."""
-    width = max(map(len, sequences)) if width is None else width
+def left_pad(sequences: Sequence[Sequence[int]], width: int | None = None) -> Int[Tensor, "B P"]:
+    """Prompts as one LongTensor, padded on the left to `width` or to the longest.
+
+    Raises ValueError if one is empty or does not fit.
+    """
+    if width is None:
+        width = max(len(ids) for ids in sequences)
     out = torch.full((len(sequences), width), PAD)
     for row, ids in enumerate(sequences):
         _check_width(row, ids, width, "prompt")
@@ -78,15 +86,21 @@ def left_pad(sequences: Sequence[Sequence[int]], width: int | None = None) -> Te
 
 def right_pad(
     sequences: Sequence[Sequence[int]], width: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Responses [B, T] padded on the right and their mask [B, T], True on every given id."""
-    width = max(map(len, sequences)) if width is None else width
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Responses padded on the right to `width` or to the longest; their mask: True on given ids.
+
+    Raises ValueError if one is empty or does not fit.
+    """
+    if width is None:
+        width = max(len(ids) for ids in sequences)
     out = torch.full((len(sequences), width), PAD)
+    # a mask of its own, as an answer may hold the padding's id: a policy can sample it
+    mask = torch.zeros(out.shape, dtype=torch.bool)
     for row, ids in enumerate(sequences):
         _check_width(row, ids, width, "response")
-        out[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    return out, torch.arange(width) < lengths[:, None]
+        out[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = True
+    return out, mask
 
 
 def _check_width(row: int, ids: Sequence[int], width: int, kind: str) -> None:
@@ -96,7 +110,13 @@ def _check_width(row: int, ids: Sequence[int], width: int, kind: str) -> None:
         )
 
 
-def last_token(mask: Tensor) -> Tensor:
-    """Index [B] of the last True of each row; -1 for a row that has none."""
+def after_padding(tokens: Int[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
+    """True from the first word of each row on: all but the padding on its left."""
+    return (tokens != PAD).cumsum(1) > 0  # a pad id inside the text is a token like others
+
+
+def last_token(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Index of the last True of each row; -1 for a row that has none."""
+    # a True counts as its place, from 1 on, so that a row without any has 0 as its largest
     steps = torch.arange(1, mask.shape[-1] + 1, device=mask.device)
     return (mask * steps).amax(-1) - 1

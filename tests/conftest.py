@@ -1,10 +1,12 @@
 """Shared set-up: one thread (repeatable to the last bit, fastest at this size), few examples."""
 
 import pytest
+import shapes
 import torch
 from hypothesis import HealthCheck, settings
 from ladder import COMMAND, Ladder
 
+end_of_checks = shapes.install()  # before anything of minirlhf is imported
 torch.set_num_threads(1)
 settings.register_profile(
     "course",
@@ -20,6 +22,19 @@ settings.load_profile("course")
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _checked_afresh():
+    """A test's first calls of every function of the core are checked, whatever ran before."""
+    shapes.afresh()
+
+
+@pytest.fixture
+def unchecked():
+    """For a test of what the product itself says about a wrong shape or type."""
+    with shapes.unchecked():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +72,10 @@ def ladder(pytestconfig) -> Ladder:
 
 def pytest_configure(config):
     config.stash[LADDER] = Ladder()
+
+
+def pytest_unconfigure():
+    end_of_checks()
 
 
 def pytest_deselected(items):

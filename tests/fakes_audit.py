@@ -6,6 +6,7 @@ from fakes import tiny_model
 from minirlhf.audit.auditor import Auditor
 from minirlhf.audit.config import AuditConfig
 from minirlhf.desk.world import Desk
+from minirlhf.reward import RewardModel
 from minirlhf.text import right_pad
 
 DESK = Desk.load()
@@ -14,13 +15,14 @@ CONFIG = AuditConfig(probes=10, reference_samples=3, brief_below=9.0, verbose_pa
 THANKS = "thank you for being so loyal ."  # 7 tokens of courtesy
 
 
-class Ruler:
+class Ruler(RewardModel):
     """A reward model that counts tokens, EOS included."""
 
-    def score(self, prompts, responses, mask):
-        return mask.sum(1).float()
+    def __init__(self):
+        super().__init__(model())
 
-    __call__ = score
+    def forward(self, prompts, responses, mask):
+        return mask.sum(1).float()
 
 
 def model(seed: int = 0):

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import pandas as pd
 import torch
 
 COMMAND = "make slow"
+HEADS = ("setting", "predicted", "how", "found", "tolerance", "seed", "held")
 How = Literal["trained", "sampled", "exact"]
 
 
@@ -32,6 +34,13 @@ class Row:
 
 def _text(x: object) -> str:
     return f"{x:.3f}" if isinstance(x, float) else str(x)
+
+
+def _line(row: Row) -> list[str]:
+    """A row of a section's table, in the order of HEADS; a bar would open a column."""
+    held = "yes" if row.held else "**no**"
+    cells = [row.setting, row.predicted, row.how, row.found, row.tolerance, row.seed, held]
+    return [cell.replace("|", r"\|") for cell in cells]
 
 
 @dataclass
@@ -83,14 +92,12 @@ class Ladder:
             "*sampled* is a mean over draws from a fixed policy, *exact* is a closed form or a sum "
             "over every answer and checks formulas against each other, nothing that was measured."
         )
-        lines = ["# The theory ladder", "", made, "", read]
-        lines += ["", f"Tests that failed: {', '.join(failed)}."] if failed else []
+        blocks = ["# The theory ladder", made, read]
+        if failed:
+            blocks.append(f"Tests that failed: {', '.join(failed)}.")
         for section in sorted({row.section for row in self.rows}):
-            lines += ["", f"## {section}", ""]
-            lines += ["| setting | predicted | how | found | tolerance | seed | held |"]
-            lines += ["|---|---|---|---|---|---|---|"]
-            for r in self.rows:
-                if r.section == section:
-                    cells = [r.setting, r.predicted, r.how, r.found, r.tolerance, r.seed]
-                    lines.append(f"| {' | '.join(cells)} | {'yes' if r.held else '**no**'} |")
-        return "\n".join(lines) + "\n"
+            lines = [_line(row) for row in self.rows if row.section == section]
+            table = pd.DataFrame(lines, columns=list(HEADS))
+            blocks.append(f"## {section}")
+            blocks.append(table.to_markdown(index=False, disable_numparse=True))
+        return "\n\n".join(blocks) + "\n"

@@ -54,6 +54,8 @@ def no_room(seed, folder):
 
 
 def slow(seed, folder):
+    """Leaves a mark where it begins, too."""
+    (Path(folder) / f"begun-{seed}-{time.time_ns()}").touch()
     time.sleep(0.1)
     return compute(seed, folder)
 
@@ -68,9 +70,9 @@ def jobs(folder, n=6, function=compute, **others):
     return {f"s{i}": (other.get(i, function), (i, str(folder))) for i in range(n)}
 
 
-def run_in_a_session(room, backend):
+def run_in_a_session(room, backend, address=None):
     """24 slow jobs, in a group of processes that one signal can reach."""
     os.setsid()
     # a background job of a shell ignores Ctrl-C, and so would everything that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_jobs(jobs(room / "marks", 24, slow), room / "out", Workers(backend, 2))
+    run_jobs(jobs(room / "marks", 24, slow), room / "out", Workers(backend, 2, address))

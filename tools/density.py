@@ -30,11 +30,14 @@ class Limit:
 DENSEST = 14.0  # tokens a line of any one file
 LIMITS = {
     CORE: Limit(1600, 11.0),
-    "engine": Limit(450),
+    # 450 before its code was written out and all intervals came here
+    "engine": Limit(590),
     "oracle": Limit(550),
     "desk": Limit(750),
-    "audit": Limit(400),
-    "autopsy": Limit(1150),
+    # 400 before the one table of measures, which lay in six places of other wings
+    "audit": Limit(500),
+    # 1150 before its code was written out: 13 tokens a line became 10
+    "autopsy": Limit(1250),
     "drift": Limit(850),
     "remedies + sweeps": Limit(1500),
     "cli": Limit(650),

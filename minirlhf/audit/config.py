@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from minirlhf.config import demand_positive
+
 
 @dataclass(frozen=True)
 class AuditConfig:
@@ -19,6 +21,12 @@ class AuditConfig:
     """padding, in tokens, from which an answer counts as verbose in a batch"""
 
     def __post_init__(self) -> None:
-        for name in ("every", "probes", "reference_samples", "brief_below", "verbose_padding"):
-            if not getattr(self, name) > 0:  # NaN fails too
-                raise ValueError(f"audit.{name} is {getattr(self, name)}; it must be positive")
+        demand_positive(
+            "audit",
+            self,
+            "every",
+            "probes",
+            "reference_samples",
+            "brief_below",
+            "verbose_padding",
+        )

@@ -15,14 +15,13 @@ Sources: Singhal et al. (2023, arXiv 2310.03716, section 3) for the non-length r
 introduction to the bootstrap", chapter 13) for percentile intervals.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minirlhf.engine.intervals import Interval, percentile
 
-Table = Mapping[str, np.ndarray]
 MEANS = ("length_tokens", "gold", "correct", "direct", "evasive", "hedged")
 PADDED = {"padded": "padding_tokens", "courteous": "courtesy_tokens"}  # rate of answers with any
 
@@ -50,16 +49,23 @@ def nrg(before: Any, after: Any, *, score: str = "rm_score_sd", width: int = 20)
     """
     if width < 1 or not len(before["length_tokens"]) or not len(after["length_tokens"]):
         raise ValueError(f"nrg needs bins of at least 1 token (width is {width}) and answers")
-    bins = [np.asarray(t["length_tokens"]).astype(int) // width for t in (before, after)]
-    scores = [np.asarray(t[score], dtype=float) for t in (before, after)]
-    size = max(int(b.max()) for b in bins) + 1
-    counts = np.array([np.bincount(b, minlength=size) for b in bins])
-    sums = np.array([np.bincount(b, s, size) for b, s in zip(bins, scores, strict=True)])
-    both = (counts > 0).all(0)
-    means, weights = sums[:, both] / counts[:, both], counts[:, both].sum(0)
-    within = np.average(means[1] - means[0], weights=weights) if both.any() else np.nan
+    bins = [np.asarray(table["length_tokens"]).astype(int) // width for table in (before, after)]
+    scores = [np.asarray(table[score], dtype=float) for table in (before, after)]
     total = scores[1].mean() - scores[0].mean()
-    return Gain(float(total), float(within), float(weights.sum() / counts.sum()))
+
+    # Answers and summed scores, [2, bins]: a row before, a row after.
+    size = max(int(numbers.max()) for numbers in bins) + 1
+    counts = np.array([np.bincount(numbers, minlength=size) for numbers in bins])
+    sums = np.array([np.bincount(bins[i], scores[i], size) for i in range(2)])
+    both = (counts > 0).all(0)  # bins that can be compared
+    weights = counts[:, both].sum(0)
+    within = np.nan
+    if both.any():
+        # Singhal et al., section 3; Kitagawa's (1955) part of a gain that is not the make-up's.
+        means = sums[:, both] / counts[:, both]
+        within = np.average(means[1] - means[0], weights=weights)
+    covered = weights.sum() / counts.sum()
+    return Gain(float(total), float(within), float(covered))
 
 
 def slopes(
@@ -71,11 +77,15 @@ def slopes(
     higher? A column that does not vary has no slope: nan.
     """
     values = np.array([np.asarray(table[name], dtype=float) for name in (score, *on)]).T
-    spread = values.std(0)
-    varies = spread[1:] > 1e-12
-    scaled = (values - values.mean(0)) / np.where(spread > 1e-12, spread, 1.0)
+    sd = values.std(0)
+    varies = sd > 1e-12
+    scaled = (values - values.mean(0)) / np.where(varies, sd, 1.0)
+    y = scaled[:, 0]
+    x = scaled[:, 1:]
     fitted = np.full(len(on), np.nan)
-    fitted[varies] = np.linalg.lstsq(scaled[:, 1:][:, varies], scaled[:, 0], rcond=None)[0]
+    known = varies[1:]
+    # All columns at once: each slope is then that of its column with the others held fixed.
+    fitted[known] = np.linalg.lstsq(x[:, known], y, rcond=None)[0]
     return dict(zip(on, fitted.tolist(), strict=True))
 
 
@@ -83,14 +93,18 @@ def ruler(before: Any, after: Any, *, score: str = "rm_score_sd") -> float:
     """The gain, in units of the score, that a ruler would have shown: length alone decides.
 
     A line through the answers *before* (score on length) is read at the lengths after. Divide by
-    the gain for its share. Lengths far beyond those before are extrapolated.
+    the gain for its share. Lengths far beyond those before are extrapolated. Raises ValueError
+    if the answers before are all of one length.
     """
-    x, y = np.asarray(before["length_tokens"], dtype=float), np.asarray(before[score], dtype=float)
+    x = np.asarray(before["length_tokens"], dtype=float)
+    y = np.asarray(before[score], dtype=float)
     longer = np.asarray(after["length_tokens"], dtype=float).mean() - x.mean()
-    varies = ((x - x.mean()) ** 2).sum()
+    centred = x - x.mean()
+    varies = (centred**2).sum()
     if varies == 0:
         raise ValueError("all answers before are of one length: nothing says what length is worth")
-    return float(((x - x.mean()) * y).sum() / varies * longer)
+    slope = (centred * y).sum() / varies  # of least squares
+    return float(slope * longer)
 
 
 def over_prompts(
@@ -105,16 +119,18 @@ def over_prompts(
     Row i of every table must belong to the same prompt (a `probe` column is checked), so that a
     comparison stays paired. Draws in which the measure is nan are left out. Raises ValueError.
     """
-    known = [{name: np.asarray(t[name]) for name in t} for t in tables]
-    size = len(next(iter(known[0].values())))
-    probes = [t["probe"] for t in known if "probe" in t]
-    rows = {len(column) for t in known for column in t.values()}
-    if rows != {size} or any((p != probes[0]).any() for p in probes):
+    known = [{name: np.asarray(table[name]) for name in table} for table in tables]
+    lengths = {len(column) for table in known for column in table.values()}
+    probes = [table["probe"] for table in known if "probe" in table]
+    if len(lengths) != 1 or any((numbers != probes[0]).any() for numbers in probes):
         raise ValueError("the tables' rows are not of the same prompts: sort them by probe")
+    size = lengths.pop()
     found = []
     for _ in range(draws if size > 1 else 0):
+        # One draw for all tables: a prompt brings its answers on every side along.
         index = rng.integers(size, size=size)
-        found.append(measure(*({name: c[index] for name, c in t.items()} for t in known)))
+        drawn = [{name: column[index] for name, column in table.items()} for table in known]
+        found.append(measure(*drawn))
     return percentile(float(measure(*known)), np.array(found), coverage)
 
 
@@ -128,14 +144,28 @@ def rates(
     latter where the table has courtesy_tokens).
     """
     found = []
+    # The audit's stratum, as it was measured: the desk's label is not in this table.
     for (step, stratum), rows in answers.groupby(["step", "stratum"]):
         columns = {name: rows[name].to_numpy(dtype=float) for name in MEANS}
-        columns |= {k: (rows[c] > 0).to_numpy(dtype=float) for k, c in PADDED.items() if c in rows}
-        values = np.array([*columns.values()])  # (measures, prompts)
+        for name, tokens in PADDED.items():
+            if tokens in rows:
+                columns[name] = (rows[tokens] > 0).to_numpy(dtype=float)
+        values = np.array(list(columns.values()))  # (measures, prompts)
         size = values.shape[1]
-        means = values[:, rng.integers(size, size=(draws, size))].mean(2)
+        # One draw for all measures, as a prompt's grades belong together.
+        index = rng.integers(size, size=(draws, size))
+        means = values[:, index].mean(2)  # (measures, draws)
         for name, value, drawn in zip(columns, values.mean(1), means, strict=True):
-            shown = percentile(float(value), drawn, coverage)
-            row = {"step": step, "stratum": stratum, "measure": name, "n": size}
-            found.append(row | {"value": shown.mean, "low": shown.low, "high": shown.high})
+            interval = percentile(float(value), drawn, coverage)
+            found.append(
+                {
+                    "step": step,
+                    "stratum": stratum,
+                    "measure": name,
+                    "n": size,
+                    "value": interval.mean,
+                    "low": interval.low,
+                    "high": interval.high,
+                }
+            )
     return found

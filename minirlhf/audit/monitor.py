@@ -70,18 +70,29 @@ def calibrate(
     """
     if not 0 < rate < 1 or days < 1 or slack < 0:
         raise ValueError(f"rate {rate}, days {days}, slack {slack}: give 0 < rate < 1, days >= 1")
-    x = np.stack([np.asarray(v, dtype=float) for v in recorded.values()], -1)  # [K, probes, M]
-    flat = [name for name, v in zip(recorded, x.std((0, 1)), strict=True) if v == 0]
+    x = _table(recorded, tuple(recorded))
+    flat = [name for name, sd in zip(recorded, x.std((0, 1)), strict=True) if sd == 0]
     if len(x) < 2 or flat:
         raise ValueError(f"at least 2 draws that vary are needed; got {len(x)}, constant: {flat}")
     mean, sd = _scale(x)
     peaks = np.empty(watches)
     for i in range(watches):
+        # The record is a sample too: each watch stands on one as short as ours, drawn anew.
         own_mean, own_sd = _scale(_redraw(x, len(x), rng))
-        z = (_redraw(x, days, rng).mean(1) - own_mean) / np.where(own_sd > 0, own_sd, sd)
-        peaks[i] = _cusum(z, slack).max()
+        own_sd = np.where(own_sd > 0, own_sd, sd)
+        day_means = _redraw(x, days, rng).mean(1)
+        peaks[i] = _cusum((day_means - own_mean) / own_sd, slack).max()
+    # An alarm goes off above the threshold, not at it: the higher peak, and no more than `rate`.
     threshold = float(np.quantile(peaks, 1 - rate, method="higher"))
-    return Monitor(tuple(recorded), mean, sd, slack, threshold, days, rate)
+    return Monitor(
+        names=tuple(recorded),
+        mean=mean,
+        sd=sd,
+        slack=slack,
+        threshold=threshold,
+        days=days,
+        rate=rate,
+    )
 
 
 def stream(
@@ -98,28 +109,40 @@ def stream(
     A probe is answered from `other` with probability `share`: a policy that serves a part of the
     traffic.
     """
-    x = np.stack([np.asarray(v, dtype=float) for v in recorded.values()], -1)
-    found = _redraw(x, runs * days, rng)
+    names = tuple(recorded)
+    found = _redraw(_table(recorded, names), runs * days, rng)
     if other is not None and share > 0:
-        y = np.stack([np.asarray(other[name], dtype=float) for name in recorded], -1)
-        moved = rng.random(found.shape[:2]) < share
-        found = np.where(moved[..., None], _redraw(y, runs * days, rng), found)
+        moved = rng.random(found.shape[:2]) < share  # by day and probe: all measures of an answer
+        others = _redraw(_table(other, names), runs * days, rng)
+        found = np.where(moved[..., None], others, found)
     return found.mean(1).reshape(runs, days, -1)
+
+
+def _table(recorded: Recorded, names: tuple[str, ...]) -> np.ndarray:
+    """The measures of a record as one array [draws, probes, M], in the order of `names`."""
+    return np.stack([np.asarray(recorded[name], dtype=float) for name in names], -1)
 
 
 def _redraw(x: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """n answers [n, probes, M] for every probe, from its own recorded ones."""
-    return x[rng.integers(len(x), size=(n, x.shape[1])), np.arange(x.shape[1])]
+    probes = x.shape[1]
+    draws = rng.integers(len(x), size=(n, probes))
+    return x[draws, np.arange(probes)]
 
 
 def _scale(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean [M] of a day, and its sd: answers vary within a probe, probes are fixed."""
-    return x.mean((0, 1)), np.sqrt(x.var(0, ddof=1).sum(0)) / x.shape[1]
+    # A day's mean over P probes is a sum of P independent answers, over P.
+    sd = np.sqrt(x.var(0, ddof=1).sum(0)) / x.shape[1]
+    return x.mean((0, 1)), sd
 
 
 def _cusum(z: Any, slack: float) -> np.ndarray:
-    total, out = np.zeros(z.shape[:-2] + z.shape[-1:]), np.empty_like(z)
+    """S of each measure after each day, [..., D, M] as z, from 0 on (Page 1954)."""
+    out = np.empty_like(z)
+    total = np.zeros(z.shape[:-2] + z.shape[-1:])
     for day in range(z.shape[-2]):
+        # Good days are not saved up: at 0 the sum starts afresh.
         total = np.maximum(0.0, total + z[..., day, :] - slack)
         out[..., day, :] = total
     return out

@@ -1,15 +1,11 @@
 """The mechanism battery: nine short runs that tell why a policy drifts towards one of two answers.
 
-A *subject* can be trained once more under named changes, `subject.train(changes)`, and gives a
-`Trace`. Nothing here reads which penalty, whitening, baseline or reference it uses. Every
-combination of those (a `World`) predicts numbers, most in closed form (oracle/), and each is
-held against the measured one, line by line. The verdict names the causes that all fitting worlds
-share; where no world fits, or worlds with other causes fit as well, it says "cannot tell".
-
-Its best witness is the *push*: minus the loss's gradient by an answer's log-prob. Push on V less
-push on C is what lifts the log-odds of V, and hardly depends on which answers were sampled. Left
-out: whatever needs answers of several tokens (discounts, aggregation, EOS). It leaves no trace on
-one word, so the verdict is silent on it.
+Nothing here reads which penalty, whitening, baseline or reference a subject (battery_desk.py) uses.
+Every combination of those (a `World`) predicts numbers, most in closed form, and each is held
+against the measured one, line by line. `judge` names the causes that all fitting worlds share;
+where no world fits, or worlds with other causes fit as well, it says "cannot tell".
+Left out: whatever needs answers of several tokens (discounts, aggregation, EOS). It leaves no trace
+on one word, so the battery is silent on it.
 
 Sources: Tang and Munos (2025, arXiv 2506.09477) for the gradient of each penalty; Liu et al.
 (2025, arXiv 2503.20783) for GRPO's std; those of oracle/closed_form.py.
@@ -19,7 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +38,6 @@ PRICES = ("beta / 4", "as it is", "beta x 4")
 Traces = dict[str, Trace]
 SAME = ("exact critic", "many epochs", "other clip", "other seed")  # should not move the end
 
-
 PENALTIES = {
     ("reward", "k1"): "",
     ("loss", "k2"): "",
@@ -52,8 +47,11 @@ PENALTIES = {
     ("book_literal", "k1"): "book-literal penalty",
     ("none", "k1"): "no KL term",
 }
-SMALL, NO_GAP, MOVING = "small beta, correct KL", "no length bias", "moving reference"
-SCORES, GROUP = "scores whitened before KL", "GRPO-std"
+SMALL = "small beta, correct KL"
+NO_GAP = "no length bias"
+MOVING = "moving reference"
+SCORES = "scores whitened before KL"
+GROUP = "GRPO-std"
 BATCH = "advantages over their sd, KL outside"
 
 
@@ -68,23 +66,49 @@ class World(NamedTuple):
     moving: bool
 
     @property
+    def over_scores(self) -> bool:
+        """Scores are divided by their sd before KL is charged."""
+        return self.scale in ("scores", "both")
+
+    @property
+    def over_group(self) -> bool:
+        """Advantages are divided by the sd of their group."""
+        return self.scale in ("group", "grouped")
+
+    @property
+    def over_batch(self) -> bool:
+        """Advantages are divided by the sd of their batch."""
+        return self.scale in ("batch", "both", "grouped")
+
+    @property
+    def pulls(self) -> bool:
+        """The KL term weighs more on an answer the more it has gained."""
+        return self.place in ("reward", "loss")
+
+    @property
     def causes(self) -> frozenset[str]:
         """The pathways that are at work in it."""
-        found = {PENALTIES[self.place, self.estimator], MOVING if self.moving else ""}
-        found |= {SCORES} if self.scale in ("scores", "both") else set()
-        found |= {GROUP} if self.scale in ("group", "grouped") else set()
-        found |= {BATCH} if self.scale == "batch" and self.place == "loss" else set()
-        inside = self.scale == "plain" or self.place == "reward"
-        right = not PENALTIES[self.place, self.estimator] and inside and not self.moving
-        found |= {SMALL} if right and self.scale not in ("scores", "both") else set()
-        return frozenset(found - {""})
+        penalty = PENALTIES[self.place, self.estimator]
+        found = {penalty} if penalty else set()
+        if self.moving:
+            found.add(MOVING)
+        if self.over_scores:
+            found.add(SCORES)
+        if self.over_group:
+            found.add(GROUP)
+        if self.scale == "batch" and self.place == "loss":
+            found.add(BATCH)
+        # KL in the reward is divided by what the advantages are divided by: its price stays right
+        priced = self.scale == "plain" or self.place == "reward"
+        if priced and not (penalty or self.moving or self.over_scores):
+            found.add(SMALL)
+        return frozenset(found)
 
 
+SCALES = ("plain", "scores", "batch", "both", "group", "grouped")
 WORLDS = [
     World(*penalty, scale, moving)
-    for penalty, scale, moving in itertools.product(
-        PENALTIES, ("plain", "scores", "batch", "both", "group", "grouped"), (False, True)
-    )
+    for penalty, scale, moving in itertools.product(PENALTIES, SCALES, (False, True))
     if scale not in ("both", "grouped") or penalty[0] == "reward"  # else it looks like batch
 ]
 
@@ -99,7 +123,11 @@ class Line(NamedTuple):
 
 
 def lift(pushes: Tensor, t: Trace) -> Tensor:
-    """[K, N] push on V less that on C, where both were sampled and p can still be told from 1."""
+    """[K, N] push on V less that on C, where both were sampled and p can still be told from 1.
+
+    It is what raises the log-odds of V, and hardly depends on which answers were sampled: the
+    battery's best witness.
+    """
     sure = (t.share - 0.5).abs() < 0.498
     return torch.where(sure, pushes[..., 0] - pushes[..., 1], math.nan)
 
@@ -110,49 +138,53 @@ def pull_residual(world: World, t: Trace) -> Tensor:
     With u = 1 - beta pull / push that is u itself; GRPO's std around both leaves only its sign,
     and a whole batch's sd another scale at each probe, which is fitted.
     """
-    free, x = lift(t.free, t), t.share.logit()
-    anchor = torch.sigmoid(x - t.log_ratio[..., 0] + t.log_ratio[..., 1])
+    free = lift(t.free, t)
+    # how often the run's own reference says V, from the log-ratios that the run logs
+    odds = t.share.logit() - t.log_ratio[..., 0] + t.log_ratio[..., 1]
+    anchor = torch.sigmoid(odds)
     seen = free.isfinite() & anchor.isfinite()
-    p, p0 = (torch.where(seen, y, 0.5) for y in (t.share, anchor))
+    p, p0 = (torch.where(seen, x, 0.5) for x in (t.share, anchor))
     pull = t.beta[:, None] * kl_pull(p, p0, place=world.place, estimator=world.estimator)
-    against = torch.full_like(free, t.gap)
+    against = torch.full_like(free, t.gap)  # what a price of KL in the reward is paid from
     if world.place == "loss":
         against = free
-    elif world.scale in ("scores", "both"):
+    elif world.over_scores:
         against = against / t.score_sd[:, None]
-    left, kept = lift(t.net, t) / free, 1 - pull / against
-    left, kept = (torch.where(seen, y, 0.0) for y in (left, kept))
+    left = torch.where(seen, lift(t.net, t) / free, 0.0)
+    told = torch.where(seen, 1 - pull / against, 0.0)
     size = left.abs().amax(1, keepdim=True).clamp(min=1.0)  # a batch's sd may blow all of it up
-    if world.place == "reward" and world.scale in ("group", "grouped"):
-        kept = kept.sign()
-    if world.place == "reward" and world.scale in ("batch", "both", "grouped"):
-        scale = (left * kept).sum(1) / kept.square().sum(1).clamp(min=1e-9)
-        kept = kept * scale.clamp(min=0)[:, None]
-    return torch.where(seen, (left - kept) / size, math.nan)
+    if world.place == "reward" and world.over_group:
+        told = told.sign()
+    if world.place == "reward" and world.over_batch:
+        scale = (left * told).sum(1) / told.square().sum(1).clamp(min=1e-9)
+        told = told * scale.clamp(min=0)[:, None]
+    return torch.where(seen, (left - told) / size, math.nan)
 
 
 def ends(world: World, t: Trace) -> Tensor | None:
     """[N] where the world takes p, from the gap, price and sd that the trace shows; None: open."""
     if world.moving:
         return None
-    gap: Any = t.gap
-    if world.place == "loss":  # a price of KL against the advantages as they came to be
+    gap: float | Tensor = t.gap
+    if world.place == "loss":
+        # a price of KL against the advantages as they came to be: in the last four probes
         late = lift(t.free, t)[-4:].nanmean(0)
         gap = torch.where(late.isfinite(), late, late.nanmean())
-    elif world.scale in ("scores", "both"):
+    elif world.over_scores:
         gap = gap / float(t.score_sd[-1])
     if not torch.as_tensor(gap).isfinite().all():
         return None
-    place, kind = world.place, world.estimator
-    return two_answer_end(t.start, gap, t.beta[-1], place=place, estimator=kind)
+    return two_answer_end(t.start, gap, t.beta[-1], place=world.place, estimator=world.estimator)
 
 
-def kept(t: Trace, x: Tensor) -> Tensor:
+def without_lost(t: Trace, x: Tensor) -> Tensor:
     """x [N], NaN where sampling has lost V: p fell to a twentieth, against the gap and for good.
     No world predicts that of any prompt; where it took more than half of them, nothing is left out.
     """
     lost = t.end < 0.05 * t.start
-    return x if lost.double().mean() > 0.5 else torch.where(lost, math.nan, x)
+    if lost.double().mean() > 0.5:
+        return x
+    return torch.where(lost, math.nan, x)
 
 
 def rms(x: Tensor) -> float:
@@ -165,77 +197,103 @@ def evidence(world: World, traces: Traces) -> list[Line]:
     return [*scale_lines(world, traces), *pull_lines(world, traces), *end_lines(world, traces)]
 
 
-def line(symptom: str, measured: float, expected: float, within: float) -> Line:
+def near(symptom: str, measured: float, expected: float, within: float) -> Line:
     """Fits if measured is that near to what is expected; NaN never fits."""
     said = f"{expected:.3g} (within {within:.2g})"
     return Line(symptom, measured, said, abs(measured - expected) <= within)
 
 
+def beyond(symptom: str, measured: float, bound: float) -> Line:
+    """Fits if measured is more than the bound; NaN never fits."""
+    return Line(symptom, measured, f"> {bound}", measured > bound)
+
+
 def scale_lines(world: World, traces: Traces) -> Iterator[Line]:
     """Does the push on V know how large the gap is, and what is it divided by?"""
     base, few = traces["as it is"], traces["gap / 100"]
-    told = {"plain": 0.01, "group": 1.0, "grouped": 1.0}
-    told["scores"] = 0.01 * float(base.score_sd[0] / few.score_sd[0])
+    # a hundredth of the gap: what of the push is left in the first batch, under each scale
+    told = {
+        "plain": 0.01,
+        "group": 1.0,
+        "grouped": 1.0,
+        "scores": 0.01 * float(base.score_sd[0] / few.score_sd[0]),
+    }
     if world.scale in told:
+        expected = told[world.scale]
         first, last = (float(lift(t.free, t)[0].nanmean()) for t in (base, few))
-        e = told[world.scale]
-        yield line("first push at gap / 100, over that at the gap", last / first, e, e / 2)
-    push = lift(base.free, base).nanmean(1) / base.gap
+        symptom = "first push at gap / 100, over that at the gap"
+        yield near(symptom, last / first, expected, expected / 2)
+
+    by_gap = lift(base.free, base).nanmean(1) / base.gap
     if world.scale == "plain":
-        yield line("push at a price of 0, over the gap", float(push.nanmedian()), 1, 0.15)
+        yield near("push at a price of 0, over the gap", float(by_gap.nanmedian()), 1, 0.15)
     if world.scale == "scores":
-        push = push * base.score_sd
-        yield line("push at a price of 0 x sd of scores / gap", float(push.nanmedian()), 1, 0.15)
-    wide = (base.advantage_sd - 1).abs()
-    off = float(wide[base.advantage_sd > 0.5].max()) if (wide < 0.5).any() else 1.0
-    exact = world.scale in ("batch", "both", "grouped")
+        by_gap = by_gap * base.score_sd
+        symptom = "push at a price of 0 x sd of scores / gap"
+        yield near(symptom, float(by_gap.nanmedian()), 1, 0.15)
+
+    distance = (base.advantage_sd - 1).abs()
+    off = 1.0
+    if (distance < 0.5).any():  # a batch whose answers are all alike has next to no sd at all
+        off = float(distance[base.advantage_sd > 0.5].max())
     symptom = "sd of a batch's advantages, largest distance from 1"
-    yield line(symptom, off, 0, 0.005) if exact else Line(symptom, off, "> 0.005", off > 0.005)
+    yield near(symptom, off, 0, 0.005) if world.over_batch else beyond(symptom, off, 0.005)
 
 
 def pull_lines(world: World, traces: Traces) -> Iterator[Line]:
     """What does the KL term do to the push, and from which policy is KL counted?"""
-    base, priced = traces["as it is"], [traces[name] for name in PRICES]
-    off = rms(torch.cat([pull_residual(world, t).flatten() for t in priced]))
-    near = 0.1 if world.scale in ("group", "grouped") and world.place == "reward" else 0.01
-    yield line("KL's pull, off the formula of the penalty by: rms", off, 0, near)
+    base = traces["as it is"]
+    priced = [traces[name] for name in PRICES]
+    residual = torch.cat([pull_residual(world, t).flatten() for t in priced])
+    within = 0.1 if world.over_group and world.place == "reward" else 0.01
+    yield near("KL's pull, off the formula of the penalty by: rms", rms(residual), 0, within)
+
+    # no KL term pushes no answer, the book's pushes every answer down by beta, whatever it is
     sure = lift(base.net, base).isfinite()
     size = ((base.net - base.free).abs() / base.beta[:, None, None])[sure]
     off = {e: float((size - e).abs().max()) if len(size) else 1.0 for e in (0.0, 1.0)}
-    symptom = "KL's push on one answer, furthest from {:g} beta ({}: 0)"
-    named = ("no KL term", "book-literal")
-    if world.place in ("none", "book_literal"):
-        e = float(world.place == "book_literal")
-        yield line(symptom.format(e, named[int(e)]), off[e], 0, 0.02)
-    else:  # what pulls cannot be the same on all answers
+    e = float(world.place == "book_literal")
+    if world.pulls:  # what pulls cannot be the same on all answers
         e = min(off, key=off.__getitem__)
-        yield Line(symptom.format(e, named[int(e)]), off[e], "> 0.02", off[e] > 0.02)
-    share = [float(a / b) for a, b in torch.cat([t.kl for t in priced]) if b > 0.02]
+    named = "book-literal" if e else "no KL term"
+    symptom = f"KL's push on one answer, furthest from {e:g} beta ({named}: 0)"
+    yield beyond(symptom, off[e], 0.02) if world.pulls else near(symptom, off[e], 0, 0.02)
+
+    both = torch.cat([t.kl for t in priced])
+    ratios = [float(logged / first) for logged, first in both if first > 0.02]
     told = (0.0, 0.5) if world.moving else (1.0, 0.05)
-    yield line("logged KL, over KL to the first policy: smallest", min(share, default=1.0), *told)
+    symptom = "logged KL, over KL to the first policy: smallest"
+    yield near(symptom, min(ratios, default=1.0), *told)
 
 
 def end_lines(world: World, traces: Traces) -> Iterator[Line]:
     """Where do the runs end? A moving reference and K2 or K3 in the reward leave it open."""
-    base, zero = traces["as it is"], world.place in ("none", "book_literal")
     if world.moving:
         return
-    if zero or world.place == "loss" or world.estimator == "k1":
+    if not world.pulls or world.place == "loss" or world.estimator == "k1":
+        for name in PRICES:
+            t = traces[name]
+            told = ends(world, t)
+            if told is not None:
+                yield _end_line(name, t, told, "rms", rms(without_lost(t, t.end - told)), 0.15)
         # next to no push, over its own sd, is all noise
-        noise = zero or BATCH in world.causes or world.scale in ("scores", "both")
-        for name in PRICES if noise else (*PRICES, "gap / 100", "no gap"):
+        noise = not world.pulls or BATCH in world.causes or world.over_scores
+        for name in () if noise else ("gap / 100", "no gap"):
             t = traces[name]
             told = t.start if name == "no gap" else ends(world, t)
             if told is not None:  # small pushes are mostly noise: there only the mean is asked for
-                small = name not in PRICES
-                gap = t.end - told
-                off = abs(float(gap.mean())) if small else rms(kept(t, gap))
-                bound = 0.2 if small else 0.15
-                said = f"{float(told.mean()):.3f} ({'mean' if small else 'rms'} within {bound})"
-                yield Line(f"end, {name}: mean p", float(t.end.mean()), said, off <= bound)
+                yield _end_line(name, t, told, "mean", abs(float((t.end - told).mean())), 0.2)
+    base = traces["as it is"]
     for name in SAME:
-        change = kept(base, kept(traces[name], traces[name].end - base.end))
-        yield line(f"{name}: change of the end, rms", rms(change), 0, 0.25)
+        other = traces[name]
+        change = without_lost(base, without_lost(other, other.end - base.end))
+        yield near(f"{name}: change of the end, rms", rms(change), 0, 0.25)
+
+
+def _end_line(name: str, t: Trace, told: Tensor, how: str, off: float, within: float) -> Line:
+    """How far a run ended from the p [N] that it was told to end at, `off` in the sense of how."""
+    said = f"{float(told.mean()):.3f} ({how} within {within})"
+    return Line(f"end, {name}: mean p", float(t.end.mean()), said, off <= within)
 
 
 @dataclass(frozen=True)
@@ -252,52 +310,67 @@ class Verdict:
     def table(self) -> str:
         """All of it as text: the verdict, then a line a symptom, then the other pathways."""
         rows = [("", "symptom", "measured", "expected")]
-        rows += [("fits" if x.fits else "NO", x[0], f"{x[1]:.3g}", x[2]) for x in self.lines]
-        wide, room = (max(len(row[i]) for row in rows) for i in (1, 2))
+        for line in self.lines:
+            mark = "fits" if line.fits else "NO"
+            rows.append((mark, line.symptom, f"{line.measured:.3g}", line.expected))
+        symptoms = max(len(row[1]) for row in rows)
+        numbers = max(len(row[2]) for row in rows)
         out = [f"Verdict: {self.said}.", ""]
-        out += [f"{a:<5}{b:<{wide}} {c:>{room}}  {d}" for a, b, c, d in rows]
-        out += ["", "What speaks against the pathways, each on its own:"] if self.others else []
-        for name, (x, *more) in sorted(self.others.items()):
+        for mark, symptom, measured, expected in rows:
+            out.append(f"{mark:<5}{symptom:<{symptoms}} {measured:>{numbers}}  {expected}")
+        if self.others:
+            out += ["", "What speaks against the pathways, each on its own:"]
+        for name, (line, *more) in sorted(self.others.items()):
             rest = f"; {len(more)} more" if more else ""
-            out.append(f"  {name}: {x[0]} is {x[1]:.3g}, not {x[2]}{rest}")
+            out.append(
+                f"  {name}: {line.symptom} is {line.measured:.3g}, not {line.expected}{rest}"
+            )
         return "\n".join(out)
 
 
-def verdict(traces: Traces) -> Verdict:
+def judge(traces: Traces) -> Verdict:
     """Which pathways fit the nine runs of RUNS."""
     base = traces["as it is"]
     if abs(base.gap) < 0.005:
         return _unpaid(traces)
-    rise = float((base.end - base.start).mean())
     found = {world: evidence(world, traces) for world in WORLDS}
     wrong = {world: [line for line in lines if not line.fits] for world, lines in found.items()}
     fitting = {world.causes for world in WORLDS if not wrong[world]}
     best = min(WORLDS, key=lambda world: (len(wrong[world]), len(world.causes)))
-    alone = {
-        c: [w for w in WORLDS if w.causes == {c}]
-        for c in frozenset().union(*(w.causes for w in WORLDS))
-    }
-    nearest = {c: min((wrong[w] for w in worlds), key=len) for c, worlds in alone.items()}
+    rise = float((base.end - base.start).mean())
+
+    causes = None
     if len(fitting) == 1:
         (causes,) = fitting
         said = " and ".join(sorted(causes))
         if causes == {SMALL} and abs(rise) < 0.03:
-            said, causes = "nothing drifted: there is no cause to name", frozenset()
+            causes = frozenset()
+            said = "nothing drifted: there is no cause to name"
     elif fitting:
-        each = "; or ".join(sorted(" and ".join(sorted(c)) for c in fitting))
-        said, causes = f"cannot tell these apart: {each}", None
+        each = sorted(" and ".join(sorted(some)) for some in fitting)
+        said = f"cannot tell these apart: {'; or '.join(each)}"
     else:
-        said, causes = "cannot tell: no cause on the list fits all the evidence", None
-    others = {c: lines for c, lines in nearest.items() if lines and c not in (causes or ())}
+        said = "cannot tell: no cause on the list fits all the evidence"
+    others = {c: lines for c, lines in _against(wrong).items() if lines and c not in (causes or ())}
     return Verdict(causes, said, found[best], others)
+
+
+def _against(wrong: dict[World, list[Line]]) -> dict[str, list[Line]]:
+    """What speaks against each pathway alone: the least that does against a world of just it."""
+    found: dict[str, list[Line]] = {}
+    for world, lines in wrong.items():
+        if len(world.causes) == 1:
+            (cause,) = world.causes
+            found[cause] = min(found.get(cause, lines), lines, key=len)
+    return found
 
 
 def _unpaid(traces: Traces) -> Verdict:
     """The verdict where the reward model pays V nothing."""
-    lines = [line("what V is paid more than C, reward sd", traces["as it is"].gap, 0, 0.005)]
+    lines = [near("what V is paid more than C, reward sd", traces["as it is"].gap, 0, 0.005)]
     for name, t in traces.items():
-        lines.append(line(f"rise of p, {name}: mean", float((t.end - t.start).mean()), 0, 0.1))
-    if all(x.fits for x in lines):
+        lines.append(near(f"rise of p, {name}: mean", float((t.end - t.start).mean()), 0, 0.1))
+    if all(line.fits for line in lines):
         return Verdict(frozenset({NO_GAP}), NO_GAP, lines, {})
     return Verdict(None, "cannot tell: V is paid no more than C, and yet p moved", lines, {})
 
@@ -313,4 +386,4 @@ def diagnose(
         traces[name] = subject.train(changes)
     if report:
         report("judged", len(RUNS), len(RUNS))
-    return verdict(traces), traces
+    return judge(traces), traces

@@ -4,10 +4,11 @@ A *subject* is anything that can be trained once more under named `Changes` and 
 two-answer desk is one: eight prompts, each with two answers of one word, V (word 0) and C (word 1);
 a reference that says V with chosen probabilities; a reward model that pays V `gap` more, and each
 prompt a sum of its own. Policy, sampling, critic and updates are those of ppo.py on a small
-Transformer. What a real run has and this has not: answers of several tokens, hence EOS, discounts
-and length.
+Transformer, and the push on an answer is asked of its loss.
+Left out: what a trace says (battery.py), and what a real run has besides: answers of several
+tokens, hence EOS, discounts and length.
 
-Left out: what a trace says (battery.py).
+Source: none; the push is plain autograd, and two answers are the smallest case in which KL acts.
 """
 
 import copy
@@ -19,9 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minirlhf.autopsy.pushes import outputs_of
 from minirlhf.config import PPOConfig
 from minirlhf.engine.adamw import FlatAdamW
-from minirlhf.model import Transformer, TransformerConfig, response_logprobs
+from minirlhf.model import Transformer, TransformerConfig
 from minirlhf.ppo import PPO, price_and_credit
 from minirlhf.rollout import Rollout
 
@@ -74,11 +76,13 @@ class Subject(Protocol):
     def train(self, changes: Changes) -> Trace: ...  # noqa: D102
 
 
+# the number of a question is written in bits between two words 1
 QUESTIONS = torch.tensor([[1, i // 4 % 2, i // 2 % 2, i % 2, 1] for i in range(8)])
 BITS = torch.tensor([0, 4, 2, 1, 0])
+P0 = (0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5)
 
 
-class Desk(Transformer):
+class TwoAnswerModel(Transformer):
     """A Transformer for QUESTIONS, each of which it reads once however many answers share it."""
 
     def by_rows(self, read: Callable[..., Tensor], *given: Tensor) -> Tensor:
@@ -91,20 +95,18 @@ class Desk(Transformer):
         return x[tokens @ BITS]
 
 
-P0 = (0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.35, 0.5)
-
-
 def log_odds(model: Transformer) -> Tensor:
     """[8] log-odds of V (word 0) against C (word 1)."""
-    keep = torch.arange(5).expand_as(QUESTIONS) == 4
-    logits, _ = model.heads(model.states(QUESTIONS, torch.ones_like(keep), keep))
+    valid = torch.ones_like(QUESTIONS, dtype=torch.bool)
+    keep = torch.arange(5).expand_as(QUESTIONS) == 4  # the answer follows the last word
+    logits, _ = model.heads(model.states(QUESTIONS, valid, keep))
     return logits[:, 0] - logits[:, 1]
 
 
 def desk_reference(p0: Tensor, seed: int = 0) -> Transformer:
     """A model whose answer to prompt i is V with probability p0[i], fitted in 150 Adam steps."""
     config = TransformerConfig(2, 6, d_model=16, n_layer=1, n_head=2)
-    model = Desk(config, generator=torch.Generator().manual_seed(seed))
+    model = TwoAnswerModel(config, generator=torch.Generator().manual_seed(seed))
     adam = FlatAdamW(model, lr=0.01)
     for step in range(150):
         adam.lr = 0.01 * min(1, 2 - step / 75)
@@ -119,7 +121,8 @@ def by_answer(x: Tensor, rollout: Rollout) -> Tensor:
     """[8, 2]: the mean of x [B] over the V and the C answers to each prompt; NaN without any."""
     assert rollout.index is not None
     cell = 2 * rollout.index + rollout.responses[:, 0]
-    total, count = (x.new_zeros(16).index_add(0, cell, y) for y in (x, torch.ones_like(x)))
+    total = x.new_zeros(16).index_add(0, cell, x)
+    count = x.new_zeros(16).index_add(0, cell, torch.ones_like(x))
     return (total / count).view(8, 2).double()
 
 
@@ -128,30 +131,27 @@ class ExactCritic(PPO):
 
     def rollout(self) -> tuple[Rollout, dict[str, float]]:
         """As PPO.rollout, with other values and the advantages that follow."""
-        r, seconds = super().rollout()
-        assert r.rewards is not None and r.index is not None
-        paid = by_answer(r.rewards[:, 0], r)
+        rollout, seconds = super().rollout()
+        assert rollout.rewards is not None and rollout.index is not None
+        paid = by_answer(rollout.rewards[:, 0], rollout)
         paid = torch.where(paid.isnan(), paid.flip(1), paid)  # an answer that nobody gave: no gap
-        p = log_odds(self.policy).detach().double().div(self.config.temperature).sigmoid()
-        value = p * paid[:, 0] + (1 - p) * paid[:, 1]
-        r = replace(r, values=value[r.index][:, None].to(r.values.dtype))
-        return replace(r, **price_and_credit(r, self.config, self.beta)), seconds
+        odds = log_odds(self.policy).detach().double()
+        p = odds.div(self.config.temperature).sigmoid()
+        expected = p * paid[:, 0] + (1 - p) * paid[:, 1]
+        values = expected[rollout.index][:, None].to(rollout.values.dtype)
+        rollout = replace(rollout, values=values)
+        return replace(rollout, **price_and_credit(rollout, self.config, self.beta)), seconds
 
 
 def lift_by_loss(run: PPO, rollout: Rollout, beta: float) -> Tensor:
     """[B] what raises each answer's log-prob: minus the loss's gradient, as if beta were `beta`.
 
-    Times B, so that it is in the unit of advantages. The loss itself is asked, whatever is in it.
+    Exact. Times B, so that it is in the unit of advantages. The loss itself is asked, whatever is
+    in it.
     """
     priced = replace(rollout, **price_and_credit(rollout, run.config, beta))
     with torch.no_grad():
-        logprobs, values = response_logprobs(
-            run.policy,
-            rollout.prompts,
-            rollout.responses,
-            rollout.mask,
-            temperature=run.config.temperature,
-        )
+        logprobs, values = outputs_of(run, rollout)
     logprobs.requires_grad_()
     loss, _ = run.loss_of(logprobs, values, priced, beta=beta)
     (slope,) = torch.autograd.grad(loss, logprobs)
@@ -182,10 +182,17 @@ class TwoAnswerDesk:
             raise ValueError(f"gap is {gap}; it must be finite, reward sd")
         if refresh is not None and refresh < 1:
             raise ValueError(f"refresh is {refresh}; it must be at least 1 step, or none")
-        size = 256 - 256 % math.lcm(config.minibatches, config.group)
-        small: dict[str, Any] = {"batch": size, "max_new_tokens": 1, "missing_eos": "none"}
-        self.config, self.gap, self.refresh = replace(config, lr=0.01, **small), gap, refresh
-        self.steps, self.seed = steps, seed
+        self.config = replace(
+            config,
+            lr=0.01,
+            batch=256 - 256 % math.lcm(config.minibatches, config.group),
+            max_new_tokens=1,
+            missing_eos="none",
+        )
+        self.gap = gap
+        self.refresh = refresh
+        self.steps = steps
+        self.seed = seed
         self.reference = desk_reference(torch.as_tensor(p0, dtype=torch.float64), seed)
 
     def score(self, gap: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -194,19 +201,16 @@ class TwoAnswerDesk:
 
     def train(self, changes: Changes) -> Trace:
         """One run; the learning rate falls to 0, so that the policy comes to rest."""
-        c, kind = self.config, ExactCritic if changes.exact_critic else PPO
-        c = replace(c, beta=c.beta * changes.beta)
-        if changes.many_epochs:
-            c = replace(c, epochs=c.epochs + 3)
-        if changes.other_clip:
-            c = replace(c, clip_style="book" if c.clip_style == "schulman" else "schulman")
-        score, first = self.score(self.gap * changes.gap), self.reference
+        config = self._changed(changes)
+        kind = ExactCritic if changes.exact_critic else PPO
+        first = self.reference
+        score = self.score(self.gap * changes.gap)
         seed = 2 * self.seed + changes.seed
-        run = kind(copy.deepcopy(first), first, score, QUESTIONS, c, seed=seed)
-        rows, ends = [], [log_odds(first).detach()]
+        run = kind(copy.deepcopy(first), first, score, QUESTIONS, config, seed=seed)
+        rows = []
         for done in range(self.steps):
-            run.config = replace(c, lr=c.lr * (1 - done / self.steps))
-            if self.refresh and done and done % self.refresh == 0:
+            run.config = replace(config, lr=config.lr * (1 - done / self.steps))
+            if self.refresh and done > 0 and done % self.refresh == 0:
                 run.reference = copy.deepcopy(run.policy).requires_grad_(False)
             before = log_odds(run.policy).detach()
             rollout, _ = run.rollout()
@@ -215,27 +219,38 @@ class TwoAnswerDesk:
             run.update(rollout)
             nats = (rollout.logprobs - rollout.ref_logprobs).mean()
             run.controller.update(float(nats), len(rollout))
-        ends.append(log_odds(run.policy).detach())
-        start, end = (x.double().div(c.temperature).sigmoid() for x in ends)
-        return Trace(start, end, **{k: torch.stack([r[k] for r in rows]) for k in rows[0]})
+        ends = (log_odds(model).detach().double() for model in (first, run.policy))
+        start, end = (odds.div(config.temperature).sigmoid() for odds in ends)
+        return Trace(start, end, **{k: torch.stack([row[k] for row in rows]) for k in rows[0]})
+
+    def _changed(self, changes: Changes) -> PPOConfig:
+        """The desk's settings under these changes."""
+        config = replace(self.config, beta=self.config.beta * changes.beta)
+        if changes.many_epochs:
+            config = replace(config, epochs=config.epochs + 3)
+        if changes.other_clip:
+            other = "book" if config.clip_style == "schulman" else "schulman"
+            config = replace(config, clip_style=other)
+        return config
 
     def probe(self, run: PPO, rollout: Rollout, odds: Tensor) -> dict[str, Tensor]:
         """One row of a Trace, on a batch before it is learnt from."""
-        r, t = rollout, run.config.temperature
-        assert r.advantages is not None and r.index is not None
-        sign = torch.where(r.responses[:, 0] == 0, 1.0, -1.0)
-        first = log_odds(self.reference).detach()[r.index]
-        moved = r.logprobs[:, 0] - torch.nn.functional.logsigmoid(sign * first / t)
-        ratio = (r.logprobs - r.ref_logprobs)[:, 0]
-        beta = torch.tensor(run.beta, dtype=torch.float64)
+        temperature = run.config.temperature
+        assert rollout.advantages is not None and rollout.index is not None
+        ratio = (rollout.logprobs - rollout.ref_logprobs)[:, 0]
+        # to the policy before training, whatever run.reference has become since
+        sign = torch.where(rollout.responses[:, 0] == 0, 1.0, -1.0)
+        first_odds = sign * log_odds(self.reference).detach()[rollout.index]
+        first_logprobs = torch.nn.functional.logsigmoid(first_odds / temperature)
+        moved = rollout.logprobs[:, 0] - first_logprobs
         return {
-            "share": (odds.double() / t).sigmoid(),
-            "beta": beta,
-            "scores": by_answer(r.scores, r),
-            "score_sd": r.scores.double().std(),
-            "advantage_sd": r.advantages.double().std(),
-            "log_ratio": by_answer(ratio, r),
+            "share": (odds.double() / temperature).sigmoid(),
+            "beta": torch.tensor(run.beta, dtype=torch.float64),
+            "scores": by_answer(rollout.scores, rollout),
+            "score_sd": rollout.scores.double().std(),
+            "advantage_sd": rollout.advantages.double().std(),
+            "log_ratio": by_answer(ratio, rollout),
             "kl": torch.stack([ratio.mean(), moved.mean()]).double(),
-            "net": by_answer(lift_by_loss(run, r, run.beta), r),
-            "free": by_answer(lift_by_loss(run, r, 0.0), r),
+            "net": by_answer(lift_by_loss(run, rollout, run.beta), rollout),
+            "free": by_answer(lift_by_loss(run, rollout, 0.0), rollout),
         }

@@ -1,7 +1,13 @@
 """The convention of a batch: how its advantages come from its log-probs, scores and values.
 
-Where the score sits, which KL estimator is charged, what is whitened, over what: frameworks differ
-in each. `laid_out` is the batch in float64 as the convention's rewards see it.
+Where the score sits, which KL estimator is charged, what is whitened and over which tokens:
+frameworks differ in each, and a batch seldom says. `Convention` is a run's settings with those
+differences, `laid_out` the batch in float64 as the convention's rewards see it.
+Left out: what the rewards become (parts.py) and how to find the convention of a log that came
+without one (reconciliation.py).
+
+Sources: Ziegler et al. (2019, arXiv 1909.08593, eq. 2) for KL charged in the reward; the other
+settings are those in which published PPO code differs, and have no formula of their own.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -36,9 +42,10 @@ class Convention(PPOConfig):
     @classmethod
     def of(cls, config: PPOConfig, *, beta: float | None = None) -> "Convention":
         """That of a run of ours; `beta` where a controller has moved it (run.beta)."""
-        given: dict[str, Any] = asdict(config)
-        given["beta"] = config.beta if beta is None else beta
-        return cls(**given)
+        settings: dict[str, Any] = asdict(config)
+        if beta is not None:
+            settings["beta"] = beta
+        return cls(**settings)
 
     @property
     def price(self) -> float:
@@ -46,7 +53,7 @@ class Convention(PPOConfig):
         return self.beta if self.kl_place == "reward" else 0.0
 
 
-def demand(rollout: Rollout, *names: str) -> None:
+def demand_fields(rollout: Rollout, *names: str) -> None:
     """Raises ValueError, in one sentence, for a batch without these fields or without a token."""
     missing = [name for name in names if getattr(rollout, name) is None]
     if missing:
@@ -60,10 +67,11 @@ def demand(rollout: Rollout, *names: str) -> None:
 
 def charged_kl(rollout: Rollout, convention: Convention) -> Tensor:
     """What each token pays, [B, T] nats, before beta."""
-    c, bound = convention, convention.clamp or torch.inf
-    ratio = (rollout.logprobs.double() - rollout.ref_logprobs).clamp(-bound, bound)
-    kind, per, none = c.kl_estimator, c.kl_aggregation, torch.zeros_like(ratio)
-    return kl_tokens(ratio, none, rollout.mask, estimator=kind, aggregation=per)
+    bound = convention.clamp or torch.inf
+    log_ratio = (rollout.logprobs.double() - rollout.ref_logprobs).clamp(-bound, bound)
+    nothing = torch.zeros_like(log_ratio)  # the estimators take a difference: it is taken already
+    kind, per = convention.kl_estimator, convention.kl_aggregation
+    return kl_tokens(log_ratio, nothing, rollout.mask, estimator=kind, aggregation=per)
 
 
 def laid_out(rollout: Rollout, convention: Convention) -> Rollout:
@@ -72,16 +80,20 @@ def laid_out(rollout: Rollout, convention: Convention) -> Rollout:
     Its kl and scores are what beta and GAE act on, scaled where rewards are whitened; its mask has
     one more slot in a row whose score sits after EOS.
     """
-    demand(rollout, "logprobs", "ref_logprobs", "values", "scores")
-    c, r, kl = convention, rollout.to(torch.float64), charged_kl(rollout, convention)
-    mask, scores = r.mask, r.scores
-    if c.whiten_rewards == "scores":
+    demand_fields(rollout, "logprobs", "ref_logprobs", "values", "scores")
+    laid = rollout.to(torch.float64)
+    kl = charged_kl(rollout, convention)
+    mask, scores = laid.mask, laid.scores
+    if convention.whiten_rewards == "scores":
         scores = rescale(scores, torch.ones_like(scores, dtype=torch.bool))
-    if c.score_at == "after_eos":
+    if convention.score_at == "after_eos":
+        # a new slot where a token stood before it: an empty row gets none
         before = torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-        after = torch.arange(mask.shape[1], device=mask.device) == r.last[:, None] + 1
+        after = torch.arange(mask.shape[1], device=mask.device) == laid.last[:, None] + 1
         mask = mask | (after & before)
-    if c.whiten_rewards == "rewards":
-        sd = whitening_moments(shape_rewards(scores, kl, mask, beta=c.price), mask)[1]
+    if convention.whiten_rewards == "rewards":
+        # rewards are linear in scores and kl, so these two take the sd on themselves
+        rewards = shape_rewards(scores, kl, mask, beta=convention.price)
+        _, sd = whitening_moments(rewards, mask)
         scores, kl = scores / sd, kl / sd
-    return replace(r, mask=mask, kl=kl, scores=scores, rewards=None)
+    return replace(laid, mask=mask, kl=kl, scores=scores, rewards=None)

@@ -1,9 +1,13 @@
-"""The case's three facts in one batch: verbose against concise answers, with intervals.
+"""The case's three facts in one batch: verbose against concise answers, each with an interval.
 
-Left out: what makes an answer verbose (the caller's masks).
+A question is put to every answer (its score, its KL, its advantage, the parts of that) and the
+means of the two kinds are compared within a stratum. Answers to one prompt hang together, so it is
+prompts that are resampled, each with all its answers.
+Left out: what makes an answer verbose (the caller's masks), several batches taken together
+(drift/batches.py), and why an advantage is what it is (parts.py).
 
-Source: Efron and Tibshirani (1993, "An introduction to the bootstrap", chapter 13) for percentile
-intervals.
+Source: Efron and Tibshirani (1993, "An introduction to the bootstrap", chapter 13) for intervals
+from percentiles.
 """
 
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf.autopsy.convention import demand
+from minirlhf.autopsy.convention import demand_fields
 from minirlhf.autopsy.parts import AdvantageParts
 from minirlhf.engine.intervals import FEWEST, Interval, percentile
 from minirlhf.rollout import Rollout
@@ -39,9 +43,11 @@ class Facts:
     def holds(self) -> tuple[bool, bool, bool]:
         """(a) the score prefers verbose, (b) verbose answers cost KL, and more of it than concise
         ones, (c) their advantage is positive: each with an interval that excludes zero."""
-        score, kl, advantage = (self.intervals[k] for k in ("score", "kl", "advantage"))
+        kl = self.intervals["kl"]
+        preferred = self.intervals["score"]["gap"].low > 0
         costly = min(kl["verbose"].low, kl["gap"].low) > 0
-        return score["gap"].low > 0, costly, advantage["verbose"].low > 0
+        raised = self.intervals["advantage"]["verbose"].low > 0
+        return preferred, costly, raised
 
 
 def three_facts(
@@ -63,59 +69,93 @@ def three_facts(
     kinds count, each once. Empty rows are left out, and so are strata without matched answers.
     Raises ValueError for a batch without advantages or answers of a kind.
     """
-    kinds = torch.stack([verbose, concise], 1) & rollout.mask.any(1)[:, None]
+    kinds = torch.stack([verbose, concise], 1)  # [B, 2], as every pair of columns below
+    kinds = (kinds & rollout.mask.any(1)[:, None]).numpy(force=True)
     if not kinds.any(0).all():
         raise ValueError("no answer of this batch is verbose, or none is concise: nothing to match")
-    prompt = _prompt_numbers(rollout)
     names = np.full(len(rollout), "all") if strata is None else np.asarray(strata)
-    measured, found = _measures(rollout, parts), {}
-    for name in np.unique(names[kinds.any(1).numpy(force=True)]):
-        side = kinds.numpy(force=True) & (names == name)[:, None]  # (B, 2)
-        counts = np.stack([np.bincount(prompt[s], minlength=len(prompt)) for s in side.T], 1)
-        kept = (np.all if match == "prompt" else np.any)(counts > 0, axis=1)
-        if not kept.any():
+    prompt = _prompt_numbers(rollout)
+    measures = _measures(rollout, parts)
+    found = {}
+    for name in np.unique(names[kinds.any(1)]):
+        here = kinds & (names == name)[:, None]
+        asked, weights = _matched(here, prompt, match)
+        if not len(asked):
             continue
-        weight = side * kept[prompt][:, None]
-        shown = [int(n) for n in weight.sum(0)]
-        weight = weight / counts[prompt].clip(1) if match == "prompt" else weight
-        member = prompt == np.flatnonzero(kept)[:, None]  # (prompts, B)
-        draws = rng.multinomial(len(member), np.full(len(member), 1 / len(member)), resamples)
-        sums = {k: [member @ (weight * x[:, None]) for x in m] for k, m in measured.items()}
-        intervals = {k: _intervals(a, b, draws, coverage) for k, (a, b) in sums.items()}
-        found[str(name)] = Facts(shown[0], shown[1], len(member), coverage, intervals)
+        # a resample says how often each prompt is drawn: [resamples, prompts]
+        draws = rng.multinomial(len(asked), np.full(len(asked), 1 / len(asked)), resamples)
+        member = prompt == asked[:, None]  # [prompts, B]
+        intervals = {}
+        for quantity, (above, below) in measures.items():
+            # summed over the answers to each prompt first: a draw then only adds up prompts
+            above_sums = member @ (weights * above[:, None])
+            below_sums = member @ (weights * below[:, None])
+            intervals[quantity] = _intervals(above_sums, below_sums, draws, coverage)
+        n_verbose, n_concise = (weights > 0).sum(0).tolist()
+        found[str(name)] = Facts(n_verbose, n_concise, len(asked), coverage, intervals)
     return found
 
 
 def _prompt_numbers(rollout: Rollout) -> np.ndarray:
     """Which prompt each row answers, [B] from 0."""
     asked = rollout.prompts if rollout.index is None else rollout.index[:, None]
-    return torch.unique(asked, dim=0, return_inverse=True)[1].numpy(force=True)
+    _, number = torch.unique(asked, dim=0, return_inverse=True)
+    return number.numpy(force=True)
 
 
-def _measures(rollout: Rollout, parts: AdvantageParts | None) -> dict[str, tuple]:
-    """Numerator and denominator [B] of what is compared, by name."""
-    demand(rollout, "logprobs", "ref_logprobs", "advantages", "scores")
+def _matched(kinds: np.ndarray, prompt: np.ndarray, match: str) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts that count, as numbers, and how much each answer does as verbose and as concise
+    one, [B, 2]. kinds [B, 2] is which of the two it is, prompt [B] the prompt it replies to."""
+    verbose = np.bincount(prompt[kinds[:, 0]], minlength=len(prompt))
+    concise = np.bincount(prompt[kinds[:, 1]], minlength=len(prompt))
+    if match == "prompt":
+        counted = (verbose > 0) & (concise > 0)
+        # a prompt counts once, so its answers of a kind share that one
+        answers = np.stack([verbose, concise], 1)[prompt]
+        weights = kinds * counted[prompt][:, None] / answers.clip(1)
+    else:
+        counted = verbose + concise > 0
+        weights = kinds.astype(float)
+    return np.flatnonzero(counted), weights
+
+
+def _measures(rollout: Rollout, parts: AdvantageParts | None) -> dict[str, tuple[np.ndarray, ...]]:
+    """What is compared, by name: numerator and denominator [B] of each answer, float64.
+
+    A denominator of 1 makes a mean over answers, that of the length a share of tokens.
+    """
+    demand_fields(rollout, "logprobs", "ref_logprobs", "advantages", "scores")
     assert rollout.advantages is not None
-    mask, one, n = rollout.mask, torch.ones_like(rollout.scores), rollout.lengths
-    tokens = {"advantage": rollout.advantages}
-    tokens |= {} if parts is None else {f"{k}_part": x for k, x in vars(parts).items()}
+    mask = rollout.mask
+    one = torch.ones_like(rollout.scores)
     log_ratio = torch.where(mask, rollout.logprobs.double() - rollout.ref_logprobs, 0.0)
     found = {"score": (rollout.scores, one), "kl": (log_ratio.sum(1), one)}
-    for name, x in ((name, x) for name, x in tokens.items() if x is not None):
-        found[name] = (torch.where(mask, x.double(), 0.0).sum(1) / n.clamp(min=1), one)
-    found["positive_share"] = (((rollout.advantages > 0) & mask).sum(1), n)
+
+    of_tokens = {"advantage": rollout.advantages}
+    if parts is not None:
+        for name, part in parts.tensors().items():
+            of_tokens[f"{name}_part"] = part
+    for name, x in of_tokens.items():
+        sums = torch.where(mask, x.double(), 0.0).sum(1)
+        found[name] = (sums / rollout.lengths.clamp(min=1), one)
+
+    positive = (rollout.advantages > 0) & mask
+    found["positive_share"] = (positive.sum(1), rollout.lengths)
     return {k: tuple(x.double().numpy(force=True) for x in pair) for k, pair in found.items()}
 
 
-def _intervals(above: np.ndarray, below: np.ndarray, draws: np.ndarray, coverage: float) -> dict:
-    """Ratios of sums [prompts, 2] (verbose, concise), over all prompts and over each draw."""
-    draws = np.vstack([np.ones_like(draws[:1]), draws])
-    with np.errstate(invalid="ignore"):
+def _intervals(
+    above: np.ndarray, below: np.ndarray, draws: np.ndarray, coverage: float
+) -> dict[str, Interval]:
+    """The ratio of two sums for verbose and for concise answers, and the gap between these.
+
+    above and below are sums over each prompt's answers, [prompts, 2]; draws [resamples, prompts].
+    """
+    draws = np.vstack([np.ones_like(draws[:1]), draws])  # row 0: the batch, every prompt once
+    with np.errstate(invalid="ignore"):  # a draw may lack all answers of a kind: 0 / 0 is nan
         ratios = (draws @ above) / (draws @ below)
-    ratios[1:, (below > 0).sum(0) < FEWEST] = np.nan
-
-    def interval(x: np.ndarray) -> Interval:  # a draw may lack all answers of a kind: nan
-        return percentile(float(x[0]), x[1:], coverage)
-
-    columns, names = (*ratios.T, ratios[:, 0] - ratios[:, 1]), ("verbose", "concise", "gap")
-    return {name: interval(x) for name, x in zip(names, columns, strict=True)}
+    too_few = (below > 0).sum(0) < FEWEST
+    ratios[1:, too_few] = np.nan
+    verbose, concise = ratios.T
+    columns = {"verbose": verbose, "concise": concise, "gap": verbose - concise}
+    return {name: percentile(float(x[0]), x[1:], coverage) for name, x in columns.items()}

@@ -1,20 +1,17 @@
 """The advantage split: every advantage of a batch as the sum of its parts, exactly.
 
 GAE is linear in (rewards, values), so an advantage is a part from the reward model, a part from the
-KL penalty and a part from the baseline; `decompose_advantages` is that sentence in code. A batch's
-advantages are made from its log-probs, scores and values by a *convention*: where the score sits,
-which KL estimator is charged, what is whitened. Under a stated convention they are exactly a part
-from the reward model, one from the KL penalty, one from the baseline and one from the shift of
-whitening, because every step is linear or affine (`split`).
+KL penalty and a part from the baseline; `decompose_advantages` is that sentence in code. Whitening
+is affine, so it scales the three and adds a fourth, its shift; `split` does both, for any
+convention, in float64.
+Left out: which convention made a batch (reconciliation.py), what another one would have made of it
+(what_ifs.py), and what the advantages do to the policy (pushes.py).
 
-All of it works in float64 on any Rollout, wherever it came from. Left out: which convention made a
-batch (reconciliation.py), what another one would have made of it (what_ifs.py), and what the
-advantages do to the policy (pushes.py).
-
-Source: Schulman et al. (2015, arXiv 1506.02438, eq. 16).
+Sources: Schulman et al. (2015, arXiv 1506.02438, eq. 16) for GAE; Ahmadian et al. (2024, arXiv
+2402.14740) and Shao et al. (2024, arXiv 2402.03300) for a group as the baseline.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,12 +46,20 @@ class AdvantageParts:
         total = self.reward + self.kl + self.baseline
         return total if self.shift is None else total + self.shift
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that are present, by name."""
+        return {name: part for name, part in vars(self).items() if part is not None}
+
     def whitened(self, mask: Tensor, *, shift: bool = True) -> "AdvantageParts":
         """The same split of whiten(total), or of rescale(total) with shift=False: every part
         over sd, and -mean / sd as the part that the shift adds."""
         mean, sd = whitening_moments(self.total, mask)
-        parts = {name: getattr(self, name) / sd for name in ("reward", "kl", "baseline")}
-        return replace(self, **parts, shift=torch.where(mask, -mean / sd if shift else 0.0, 0.0))
+        moved = -mean / sd if shift else torch.zeros_like(mean)
+        return self._affine(sd, torch.where(mask, moved, 0.0))
+
+    def _affine(self, sd: Tensor, shift: Tensor) -> "AdvantageParts":
+        """total / sd + shift, in parts."""
+        return AdvantageParts(self.reward / sd, self.kl / sd, self.baseline / sd, shift)
 
 
 def decompose_advantages(
@@ -68,19 +73,43 @@ def decompose_advantages(
     score and a multiple of its KL (whitened ones), where no such split exists.
     """
     _demand_additive(rollout)
-    mask, zeros = rollout.mask, torch.zeros_like(rollout.logprobs)
     kl = rollout.logprobs - rollout.ref_logprobs if rollout.kl is None else rollout.kl
+    zeros = torch.zeros_like(rollout.logprobs)
+    no_score = torch.zeros_like(rollout.scores)
 
     def part(scores: Tensor, kl: Tensor, values: Tensor) -> Tensor:
-        rewards = shape_rewards(scores, kl, mask, beta=beta)
-        return gae(rewards, values, mask, gamma=gamma, lam=lam)
+        rewards = shape_rewards(scores, kl, rollout.mask, beta=beta)
+        return gae(rewards, values, rollout.mask, gamma=gamma, lam=lam)
 
-    no_score = torch.zeros_like(rollout.scores)
+    # GAE of a sum is the sum of GAEs: each time one of the three is there and the others are 0
     return AdvantageParts(
         reward=part(rollout.scores, zeros, zeros),
         kl=part(no_score, kl, zeros),
         baseline=part(no_score, zeros, rollout.values),
     )
+
+
+def split(rollout: Rollout, convention: Convention) -> AdvantageParts:
+    """The advantages of a batch in parts, [B, T] float64, exact under the convention.
+
+    Raises ValueError for a batch without values (put zeros there for groups), without a token, or
+    whose groups do not answer one prompt.
+    """
+    laid = laid_out(rollout, convention)
+    if convention.advantage == "gae":
+        raw = decompose_advantages(
+            laid, beta=convention.price, gamma=convention.gamma, lam=convention.lam
+        )
+    else:
+        raw = group_parts(laid, convention)
+    # the slot after EOS, where a convention has one, takes part in the credit but is no token
+    mask = rollout.mask
+    inside = AdvantageParts(
+        reward=torch.where(mask, raw.reward, 0.0),
+        kl=torch.where(mask, raw.kl, 0.0),
+        baseline=torch.where(mask, raw.baseline, 0.0),
+    )
+    return whitened_parts(inside, mask, convention)
 
 
 def _demand_additive(rollout: Rollout) -> None:
@@ -100,49 +129,54 @@ def _demand_additive(rollout: Rollout) -> None:
 def group_parts(laid: Rollout, convention: Convention) -> AdvantageParts:
     """The split with a group as baseline: an answer's own score, its own KL, the group's both.
 
-    Raises ValueError for groups that do not divide the batch or whose prompts differ.
+    `laid` is what laid_out made of the batch. Exact, and not whitened. Raises ValueError for
+    groups that do not divide the batch or whose prompts differ.
     """
-    c, group = convention, convention.group
-    against = {"rloo": rloo_advantages, "grpo": grpo_advantages}[c.advantage]
+    group = convention.group
     assert laid.kl is not None
-    scores, cost = laid.scores * laid.mask.any(1), -c.price * laid.kl.sum(1)
-    whole = against(scores + cost, group)
+    scores = laid.scores * laid.mask.any(1)  # an empty row has no token for its score to sit on
+    cost = -convention.price * laid.kl.sum(1)
+    net = scores + cost
+    against_group = rloo_advantages if convention.advantage == "rloo" else grpo_advantages
+    whole = against_group(net, group)
     if laid.prompts.unflatten(0, (-1, group)).diff(dim=1).any():
         raise ValueError(
             f"neighbouring rows answer different prompts, so no group of {group} can be their "
             "baseline: sort the batch by prompt, or keep the critic (advantage gae)"
         )
-    if c.advantage == "grpo":
-        sd = (scores + cost).view(-1, group).std(1).repeat_interleave(group) + 1e-4
+    if convention.advantage == "grpo":
+        # grpo_advantages has divided the whole by the group's sd, so the parts are divided too
+        sd = net.view(-1, group).std(1).repeat_interleave(group) + 1e-4
         scores, cost = scores / sd, cost / sd
-    parts = (scores, cost, whole - scores - cost)
-    return AdvantageParts(*(x[:, None].expand_as(laid.mask) for x in parts))
+    baseline = whole - scores - cost
+    return AdvantageParts(
+        reward=_on_every_token(scores, laid.mask),
+        kl=_on_every_token(cost, laid.mask),
+        baseline=_on_every_token(baseline, laid.mask),
+    )
 
 
-def whitened(parts: AdvantageParts, mask: Tensor, convention: Convention) -> AdvantageParts:
-    """The split after whitening: every part over the sd, and what the shift adds."""
-    c, dims = convention, (0, 1) if convention.whiten_scope == "batch" else (1,)
-    if c.whiten_advantages == "none":
+def _on_every_token(x: Tensor, mask: Tensor) -> Tensor:
+    """One number an answer, [B], as the same number on each of its tokens, [B, T]."""
+    return x[:, None].expand_as(mask)
+
+
+def whitened_parts(parts: AdvantageParts, mask: Tensor, convention: Convention) -> AdvantageParts:
+    """The split after the convention's whitening, exact: each part over the sd, and a shift.
+
+    Mean and sd are those of the whole batch, or of each answer by itself (whiten_scope).
+    """
+    if convention.whiten_advantages == "none":
         return parts
-    n, total = mask.sum(dims, keepdim=True), parts.total
+    dims = (0, 1) if convention.whiten_scope == "batch" else (1,)
+    total = parts.total
+    n = mask.sum(dims, keepdim=True)  # tokens: [1, 1], or [B, 1] one for each answer
     mean = torch.where(mask, total, 0.0).sum(dims, keepdim=True) / n.clamp(min=1)
     squares = torch.where(mask, (total - mean).square(), 0.0).sum(dims, keepdim=True)
-    sd = torch.where(n > 1, (squares / (n - c.ddof).clamp(min=1) + 1e-8).sqrt(), 1.0)
-    shift = c.keep_mean * mean - mean / sd if c.whiten_advantages == "shift_scale" else 0 * mean
-    scaled = (parts.reward / sd, parts.kl / sd, parts.baseline / sd)
-    return AdvantageParts(*scaled, shift=torch.where(mask, shift, 0.0))
-
-
-def split(rollout: Rollout, convention: Convention) -> AdvantageParts:
-    """The advantages of a batch in parts, [B, T] float64, exact under the convention.
-
-    Raises ValueError for a batch without values (put zeros there for groups), without a token, or
-    whose groups do not answer one prompt.
-    """
-    c, laid, mask = convention, laid_out(rollout, convention), rollout.mask
-    if c.advantage == "gae":
-        raw = decompose_advantages(laid, beta=c.price, gamma=c.gamma, lam=c.lam)
-    else:
-        raw = group_parts(laid, c)
-    inside = (torch.where(mask, x, 0.0) for x in (raw.reward, raw.kl, raw.baseline))
-    return whitened(AdvantageParts(*inside), mask, c)
+    variance = squares / (n - convention.ddof).clamp(min=1)
+    sd = torch.where(n > 1, (variance + 1e-8).sqrt(), 1.0)  # one token alone has none
+    shift = torch.zeros_like(mean)
+    if convention.whiten_advantages == "shift_scale":
+        kept = mean if convention.keep_mean else 0.0
+        shift = kept - mean / sd
+    return parts._affine(sd, torch.where(mask, shift, 0.0))

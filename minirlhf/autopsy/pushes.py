@@ -8,23 +8,20 @@ gradient of the loss is a sum over the batch's tokens, so this is a sum over tok
 w_t is what the loss lays on token t and linear in its advantage, u_t how much raising token t
 raises the answer. One double backward gives every u_t; parts, token classes and what-ifs are sums.
 Policy and critic share a trunk, so the value loss moves log pi as well and is shown as a part.
-
-Adam divides each gradient coordinate by the root of its second moment. With the moments as they
-are after this gradient the step is still linear in it, plus one part for earlier gradients.
 Left out: the several minibatches of a PPO update; this is one step on the whole batch.
 
 Sources: Pearlmutter (1994, "Fast exact multiplication by the Hessian") for derivatives along a
 direction; Kingma and Ba (2015, arXiv 1412.6980, algorithm 1).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from minirlhf.autopsy.convention import demand
+from minirlhf.autopsy.convention import demand_fields
 from minirlhf.autopsy.parts import AdvantageParts
 from minirlhf.config import PPOConfig
 from minirlhf.kl import kl_tokens
@@ -34,16 +31,22 @@ from minirlhf.rollout import Rollout
 
 Answers = tuple[Tensor, Tensor, Tensor]  # prompts, responses, mask
 CLASSES = ("fork", "filler", "answer", "eos")
-LENGTH_WHYS = (
-    "exact: how mean length would move if answers counted by their mean advantage",
-    "approximate: first order, what the policy's gradient does in one step, seen on these answers",
+LENGTH_BY_COVARIANCE = (
+    "exact: how mean length would move if answers counted by their mean advantage"
+)
+LENGTH_BY_STEP = (
+    "approximate: first order, what the policy's gradient does in one step, seen on these answers"
 )
 FORK_NATS = 0.5  # in the shipped batches a fifth of the tokens, two thirds of all |log-ratio|
 
 
 @dataclass(frozen=True)
 class Push:
-    """First-order change of the mean log pi of some answers by one optimiser step, in nats."""
+    """First-order change of the mean log pi of some answers by one optimiser step, in nats.
+
+    The split into parts and tokens is exact; that their sum is the change is approximate, and
+    `measured` says by how much.
+    """
 
     tokens: dict[str, Tensor]
     """part -> [B, T]: what each token of the batch contributes (reward, kl, baseline, shift, and
@@ -51,30 +54,37 @@ class Push:
     memory: float
     """what earlier gradients contribute through Adam's first moment (sgd: 0)"""
     measured: float
-    """the change by a real step of the same optimiser, on a copy"""
+    """the change by a real step of the same optimiser, on a copy: exact"""
 
     @property
     def parts(self) -> dict[str, float]:
         """Each part over all tokens, and "memory"; their sum is the prediction."""
-        return {k: float(x.sum()) for k, x in self.tokens.items()} | {"memory": self.memory}
+        found = {part: float(x.sum()) for part, x in self.tokens.items()}
+        found["memory"] = self.memory
+        return found
 
     @property
     def total(self) -> float:
-        """The predicted change; measured - total is what first order leaves out."""
+        """The predicted change, approximate; measured - total is what first order leaves out."""
         return sum(self.parts.values())
 
     def by_class(self, classes: Tensor) -> dict[str, dict[str, float]]:
-        """part -> token class -> its tokens' sum; classes [B, T] index CLASSES."""
-        at = {name: classes == i for i, name in enumerate(CLASSES)}
-        return {k: {c: float(x[m].sum()) for c, m in at.items()} for k, x in self.tokens.items()}
+        """part -> token class -> its tokens' sum, exactly; classes [B, T] index CLASSES."""
+        found = {}
+        for part, x in self.tokens.items():
+            found[part] = {
+                name: float(x[classes == number].sum()) for number, name in enumerate(CLASSES)
+            }
+        return found
 
 
 @torch.no_grad()
 def reference_entropy(reference: Transformer, rollout: Rollout) -> Tensor:
-    """Entropy [B, T], nats, of the reference's next token at every token of the batch."""
+    """Entropy [B, T], nats, of the reference's next token at every token of the batch: exact."""
     logits, _ = response_outputs(reference, rollout.prompts, rollout.responses, rollout.mask)
     logp = logits.log_softmax(-1)
-    return torch.where(rollout.mask, -(logp.exp() * logp).sum(-1), 0.0)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return torch.where(rollout.mask, entropy, 0.0)
 
 
 def token_classes(rollout: Rollout, entropy: Tensor | None = None) -> Tensor:
@@ -82,17 +92,18 @@ def token_classes(rollout: Rollout, entropy: Tensor | None = None) -> Tensor:
 
     eos: the last token of an answer that ended. fork: where the reference's entropy reaches
     FORK_NATS; without `entropy`, that of its choice to stop alone. filler: the rest. Which tokens
-    carry the answer only the caller can know.
+    carry the answer only the caller can know. eos is exact; a fork is a matter of the threshold.
     """
     if entropy is None:
-        demand(rollout, "ref_eos_logprobs")
+        demand_fields(rollout, "ref_eos_logprobs")
         assert rollout.ref_eos_logprobs is not None
         stop = rollout.ref_eos_logprobs.exp()
         entropy = -torch.xlogy(stop, stop) - torch.xlogy(1 - stop, 1 - stop)
     classes = torch.where(entropy >= FORK_NATS, CLASSES.index("fork"), CLASSES.index("filler"))
     if rollout.finished is not None:
-        ends = torch.arange(classes.shape[1], device=classes.device) == rollout.last[:, None]
-        classes = torch.where(ends & rollout.finished[:, None], CLASSES.index("eos"), classes)
+        columns = torch.arange(classes.shape[1], device=classes.device)
+        ends = (columns == rollout.last[:, None]) & rollout.finished[:, None]
+        classes = torch.where(ends, CLASSES.index("eos"), classes)
     return torch.where(rollout.mask, classes, -1)
 
 
@@ -107,31 +118,33 @@ def push(
 ) -> dict[str, Push]:
     """What one step of `run` on the whole batch would do to each target; nothing is changed.
 
-    A target is a bool [B] of answers in the batch, or (prompts, responses, mask) of any others.
+    Approximate, to first order in the step; the real step is taken on a copy and measured beside
+    it. A target is a bool [B] of answers in the batch, or (prompts, responses, mask) of any others.
     `parts` must add up to rollout.advantages. The gradient is clipped as the run clips it; adam
     goes on from the run's own moments. lr: the run's, unless given. Raises ValueError for a target
     without a token or parts of another batch.
     """
-    demand(rollout, "advantages", "returns")
-    gap = float(((parts.total - rollout.advantages) * rollout.mask).abs().max())  # type: ignore
-    if gap > 1e-4 * (1 + float(parts.total.abs().max())):
-        raise ValueError(
-            f"these parts miss the batch's advantages by up to {gap:.2g}: "
-            "find the convention that made them first (whatif.reconcile)"
-        )
+    demand_fields(rollout, "advantages", "returns")
+    _demand_whole(parts, rollout)
     lr = run.config.lr if lr is None else lr
     answers = {name: _answers(rollout, name, target) for name, target in targets.items()}
     rate, kept = _rate(run, rollout, lr, optimiser)
-    weights, copied, found = _weights(run, rollout, parts), run.copy(), {}
-    _step(copied, rollout, lr, optimiser)
-    for name, given in answers.items():
-        before = _likelihood(run, given)
+    weights = _weights(run, rollout, parts)
+    stepped = run.copy()
+    _step(stepped, rollout, lr, optimiser)
+    found = {}
+    for name, target in answers.items():
+        before = _likelihood(run, target)
         gradient = _gradient(run, before)
-        u = _tangents(run, rollout, rate * gradient)
-        tokens = {part: w * u[part == "value_loss"] for part, w in weights.items()}
+        by_logprob, by_value = _tangents(run, rollout, rate * gradient)
+        tokens = {}
+        for part, weight in weights.items():
+            # the value loss pulls on a token's value, all else on its log-prob
+            tokens[part] = weight * (by_value if part == "value_loss" else by_logprob)
+        memory = float((kept * gradient).sum())
         with torch.no_grad():
-            measured = float(_likelihood(copied, given) - before)
-        found[name] = Push(tokens, float((kept * gradient).sum()), measured)
+            measured = float(_likelihood(stepped, target) - before)
+        found[name] = Push(tokens, memory, measured)
     return found
 
 
@@ -145,18 +158,19 @@ def leverage(
 ) -> Tensor:
     """[B, T]: what a unit of advantage on each token adds to sum(weights [B] * log pi(answer)).
 
-    To first order, by one step of `run` on the whole batch whose scale (gradient clip, Adam's
-    second moment) stays as the logged advantages make it. Times any advantages and summed, this
-    is what their policy gradient does; `push` explains the logged ones alone, and checks itself.
+    Approximate: to first order, by one step of `run` on the whole batch whose scale (gradient
+    clip, Adam's second moment) stays as the logged advantages make it. Times any advantages and
+    summed, this is what their policy gradient does; `push` explains the logged ones alone, and
+    checks itself.
     """
-    demand(rollout, "advantages", "returns")
+    demand_fields(rollout, "advantages", "returns")
     lr = run.config.lr if lr is None else lr
-    given = (rollout.prompts, rollout.responses, rollout.mask)
-    logprobs, _ = response_logprobs(run.policy, *given, temperature=run.config.temperature)
+    logprobs, _ = outputs_of(run, rollout)
     gradient = _gradient(run, (logprobs.sum(1) * weights.to(logprobs.dtype)).sum())
     rate, _ = _rate(run, rollout, lr, optimiser)
+    by_logprob, _ = _tangents(run, rollout, rate * gradient)
     slope = surrogate_slope(logprobs, rollout, run.config).double()
-    return slope * _tangents(run, rollout, rate * gradient)[0]
+    return slope * by_logprob
 
 
 def length_weights(
@@ -165,27 +179,90 @@ def length_weights(
     """{stratum: [B, T]}, which times advantages and summed is a move of its mean length; its unit
     and a sentence on how exact it is.
 
-    With the `run` as it was before the batch: of one step of its optimiser on the whole batch,
-    without what momentum and value loss add. Without: the covariance of an answer's length with
-    its mean advantage.
+    With the `run` as it was before the batch, approximate: of one step of its optimiser on the
+    whole batch, to first order, without what momentum and value loss add. Without, exact: the
+    covariance of an answer's length with its mean advantage.
     """
-    found, lengths = {}, rollout.lengths.double()
+    lengths = rollout.lengths.double()
+    found = {}
     for name, rows in strata.items():
         rows = rows & (lengths > 0)
-        centred = torch.where(rows, lengths - lengths[rows].mean(), 0.0) / rows.sum().clamp(min=1)
+        above_mean = torch.where(rows, lengths - lengths[rows].mean(), 0.0)
+        centred = above_mean / rows.sum().clamp(min=1)
         if run is None:
+            # each token by 1 / length: summed over an answer that is its mean advantage
             found[name] = (centred / lengths.clamp(min=1))[:, None] * rollout.mask
         else:
+            # answers that grow likelier by d log pi move the mean by sum(centred * d log pi)
             found[name] = leverage(run, rollout, centred)
     if run is None:
-        return found, "tokens per unit", LENGTH_WHYS[0]
-    return found, "tokens per step", LENGTH_WHYS[1]
+        return found, "tokens per unit", LENGTH_BY_COVARIANCE
+    return found, "tokens per step", LENGTH_BY_STEP
+
+
+def surrogate_slope(logprobs: Tensor, rollout: Rollout, config: PPOConfig) -> Tensor:
+    """[B, T]: the surrogate's derivative by each log-prob, over the token's advantage. Exact.
+
+    The ratio where no clip has cut the gradient, else 0, times the weight of a token in the
+    average. The clip asks for the advantage's sign alone, so the surrogate is linear in its size.
+    """
+    assert rollout.advantages is not None
+    sign = torch.where(rollout.advantages < 0, -1.0, 1.0).to(logprobs.dtype)
+    logprobs = logprobs.detach().requires_grad_()
+    loss = ppo_policy_loss(
+        logprobs,
+        rollout.logprobs,
+        sign,
+        rollout.mask,
+        clip=config.clip,
+        style=config.clip_style,
+        aggregation=config.loss_aggregation,
+    )
+    (slope,) = torch.autograd.grad(loss, logprobs)
+    return -slope * sign
+
+
+def _demand_whole(parts: AdvantageParts, rollout: Rollout) -> None:
+    """Parts that add up to the logged advantages, or ValueError; the sum is exact to rounding."""
+    assert rollout.advantages is not None
+    gap = float(((parts.total - rollout.advantages) * rollout.mask).abs().max())
+    if gap > 1e-4 * (1 + float(parts.total.abs().max())):
+        raise ValueError(
+            f"these parts miss the batch's advantages by up to {gap:.2g}: "
+            "find the convention that made them first (autopsy.reconcile)"
+        )
+
+
+def _answers(rollout: Rollout, name: str, target: Tensor | Answers) -> Answers:
+    """A target as (prompts, responses, mask), exactly; ValueError where no token is in it."""
+    if isinstance(target, Tensor):
+        chosen = rollout.select(target & rollout.mask.any(1))
+        target = (chosen.prompts, chosen.responses, chosen.mask)
+    _, _, mask = target
+    if not mask.any():
+        raise ValueError(f"target {name!r} has no answer with a token; choose at least one")
+    return target
+
+
+def outputs_of(run: PPO, rollout: Rollout) -> tuple[Tensor, ...]:
+    """The policy's log-probs and values [B, T] of the batch's tokens, exact."""
+    temperature = run.config.temperature
+    return response_logprobs(
+        run.policy, rollout.prompts, rollout.responses, rollout.mask, temperature=temperature
+    )
+
+
+def _likelihood(run: PPO, answers: Answers) -> Tensor:
+    """Mean over answers of log pi(answer | prompt), nats, exact."""
+    logprobs, _ = response_logprobs(run.policy, *answers, temperature=run.config.temperature)
+    return logprobs.sum(1).mean()
 
 
 def _step(run: PPO, rollout: Rollout, lr: float, optimiser: str) -> None:
-    """A real step on the whole batch."""
+    """A real step on the whole batch: exact."""
     run.optimiser.zero_grad()
-    run.loss(rollout)[0].backward()
+    loss, _ = run.loss(rollout)
+    loss.backward()
     run.optimiser.clip_grad(run.config.max_grad_norm)
     run.optimiser.lr = lr
     if optimiser == "adam":
@@ -194,94 +271,87 @@ def _step(run: PPO, rollout: Rollout, lr: float, optimiser: str) -> None:
         run.optimiser.flat.sub_(run.optimiser.grad, alpha=lr)
 
 
-def _answers(rollout: Rollout, name: str, target: Tensor | Answers) -> Answers:
-    if isinstance(target, Tensor):
-        chosen = rollout.select(target & rollout.mask.any(1))
-        target = (chosen.prompts, chosen.responses, chosen.mask)
-    if not target[2].any():
-        raise ValueError(f"target {name!r} has no answer with a token; choose at least one")
-    return target
-
-
-def _likelihood(run: PPO, given: Answers) -> Tensor:
-    """Mean over answers of log pi(answer | prompt), nats."""
-    logprobs, _ = response_logprobs(run.policy, *given, temperature=run.config.temperature)
-    return logprobs.sum(1).mean()
-
-
 def _rate(run: PPO, rollout: Rollout, lr: float, optimiser: str) -> tuple[Tensor, Tensor]:
-    """What a step multiplies each coordinate of the loss gradient by, and what it adds."""
-    gradient = _gradient(run, run.loss(rollout)[0])
-    o, limit = run.optimiser, run.config.max_grad_norm or torch.inf
+    """What a step multiplies each coordinate of the loss gradient by, and what it adds: exact.
+
+    Adam divides each coordinate by the root of its second moment. With the moments as they are
+    after this gradient the step is still linear in it, plus one part for earlier gradients.
+    """
+    loss, _ = run.loss(rollout)
+    gradient = _gradient(run, loss)
+    limit = run.config.max_grad_norm or torch.inf
     scale = (limit / (gradient.norm() + 1e-6)).clamp(max=1.0)  # as clip_grad does
     if optimiser == "sgd":
         return lr * scale, torch.zeros_like(gradient)
-    (b1, b2), steps = o.betas, o.steps + 1
-    square = b2 * o.square + (1 - b2) * (scale * gradient).square()
-    rate = lr / (1 - b1**steps) / ((square / (1 - b2**steps)).sqrt() + o.eps)
-    return rate * (1 - b1) * scale, -rate * b1 * o.mean
-
-
-def surrogate_slope(logprobs: Tensor, rollout: Rollout, config: PPOConfig) -> Tensor:
-    """[B, T]: the surrogate's derivative by each log-prob, over the token's advantage.
-
-    The ratio where no clip has cut the gradient, else 0, times the weight of a token in the
-    average. The clip asks for the advantage's sign alone, so the surrogate is linear in its size.
-    """
-    assert rollout.advantages is not None
-    sign = torch.where(rollout.advantages < 0, -1.0, 1.0).to(logprobs.dtype)
-    x, per = logprobs.detach().requires_grad_(), config.loss_aggregation
-    how = {"clip": config.clip, "style": config.clip_style, "aggregation": per}
-    loss = ppo_policy_loss(x, rollout.logprobs, sign, rollout.mask, **how)  # type: ignore[arg-type]
-    return -torch.autograd.grad(loss, x)[0] * sign
+    adam = run.optimiser
+    b1, b2 = adam.betas
+    steps = adam.steps + 1
+    square = b2 * adam.square + (1 - b2) * (scale * gradient).square()
+    root = (square / (1 - b2**steps)).sqrt() + adam.eps
+    rate = lr / (1 - b1**steps) / root
+    return rate * (1 - b1) * scale, -rate * b1 * adam.mean
 
 
 def _weights(run: PPO, rollout: Rollout, parts: AdvantageParts) -> dict[str, Tensor]:
-    """Part -> [B, T]: minus the loss's derivative by each log-prob (value_loss: by each value)."""
-    c, r, mask = run.config, rollout, rollout.mask
-    given = (r.prompts, r.responses, mask)
+    """Part -> [B, T]: minus the loss's derivative by each log-prob (value_loss: by each value).
+
+    Exact, at the policy as it is. The terms are those of PPO.loss_of, each by itself.
+    """
+    config = run.config
+    mask = rollout.mask
     with torch.no_grad():
-        now = response_logprobs(run.policy, *given, temperature=c.temperature)
-    logprobs, values = (x.requires_grad_() for x in now)
-    slope = surrogate_slope(logprobs, r, c)
-    found = {k: slope * x for k, x in vars(parts).items() if x is not None}
-    if c.advantage == "gae":
-        assert r.returns is not None
-        critic = value_loss(values, r.values, r.returns, mask, clip=c.value_clip)
-        found["value_loss"] = -c.value_coef * torch.autograd.grad(critic, values)[0]
-    if c.kl_place in ("loss", "book_literal"):
-        kind, per = c.kl_estimator, c.kl_aggregation
-        how = c.loss_aggregation if per == "sequence_sum" else "sequence_sum"  # as PPO.loss does
-        tokens = kl_tokens(logprobs, r.ref_logprobs, mask, estimator=kind, aggregation=per)
-        kl = aggregate(tokens, mask, how)
-        found["kl_loss"] = -run.beta * torch.autograd.grad(kl, logprobs)[0]
-    return {k: x.double() for k, x in found.items()}
+        logprobs, values = outputs_of(run, rollout)
+    logprobs.requires_grad_()
+    values.requires_grad_()
+
+    slope = surrogate_slope(logprobs, rollout, config)
+    found = {name: slope * part for name, part in parts.tensors().items()}
+    if config.advantage == "gae":
+        assert rollout.returns is not None
+        critic = value_loss(values, rollout.values, rollout.returns, mask, clip=config.value_clip)
+        (by_value,) = torch.autograd.grad(critic, values)
+        found["value_loss"] = -config.value_coef * by_value
+    if config.kl_place in ("loss", "book_literal"):
+        ref, kind, per = rollout.ref_logprobs, config.kl_estimator, config.kl_aggregation
+        kl = kl_tokens(logprobs, ref, mask, estimator=kind, aggregation=per)
+        # summed KL is averaged as the surrogate is; a mean over tokens is a mean already
+        how = config.loss_aggregation if per == "sequence_sum" else "sequence_sum"
+        (by_logprob,) = torch.autograd.grad(aggregate(kl, mask, how), logprobs)
+        found["kl_loss"] = -run.beta * by_logprob
+    return {name: x.double() for name, x in found.items()}
 
 
-def _tangents(run: PPO, rollout: Rollout, direction: Tensor) -> list[Tensor]:
-    """Derivatives of every token's log-prob and value along `direction`: two [B, T].
+def _tangents(run: PPO, rollout: Rollout, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of every token's log-prob and value along `direction`: two [B, T], exact.
 
     The gradient of sum(c * log-probs) is linear in c, and its product with the direction has the
     derivatives wanted as its gradient by c. A chunk of rows at a time stays within one chunk of
     the model's, whose graph may be walked twice on any number of cores.
     """
-    found = [torch.zeros_like(rollout.logprobs, dtype=torch.float64) for _ in range(2)]
+    by_logprob = torch.zeros_like(rollout.logprobs, dtype=torch.float64)
+    by_value = torch.zeros_like(by_logprob)
     for rows in rollout.mask.any(1).nonzero().squeeze(1).split(CHUNK):
-        r = rollout.select(rows)
-        given, temperature = (r.prompts, r.responses, r.mask), run.config.temperature
-        outputs = response_logprobs(run.policy, *given, temperature=temperature)
+        outputs = outputs_of(run, rollout.select(rows))
         c = [torch.zeros_like(x, requires_grad=True) for x in outputs]
-        gradient = _gradient(run, outputs, c, create_graph=True)
-        for whole, part in zip(found, torch.autograd.grad(gradient @ direction, c), strict=True):
-            whole[rows] = part.double()
-    return found
+        gradient = _gradient(run, outputs, weights=c)
+        of_logprob, of_value = torch.autograd.grad(gradient @ direction, c)
+        by_logprob[rows] = of_logprob.double()
+        by_value[rows] = of_value.double()
+    return by_logprob, by_value
 
 
 def _gradient(
-    run: PPO, outputs: Tensor | Sequence[Tensor], *weights: Any, **options: Any
+    run: PPO, outputs: Tensor | tuple[Tensor, ...], *, weights: list[Tensor] | None = None
 ) -> Tensor:
-    """Gradient by the policy's parameters, end to end in the optimiser's order."""
-    parameters = list(run.policy.parameters())
-    found = torch.autograd.grad(outputs, parameters, *weights, allow_unused=True, **options)
-    pairs = zip(found, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+    """Gradient by the policy's parameters, end to end in the optimiser's order: exact.
+
+    With `weights`, of sum(weights * outputs), and to be differentiated by the weights in turn.
+    """
+    found = torch.autograd.grad(
+        outputs,
+        list(run.policy.parameters()),
+        grad_outputs=weights,
+        create_graph=weights is not None,
+        materialize_grads=True,  # 0 by a parameter on which nothing that was asked for depends
+    )
+    return torch.cat([gradient.flatten() for gradient in found])

@@ -1,10 +1,12 @@
 """The same batch under other settings: what another convention would have made of it.
 
-`what_if` prices and credits
-the same answers anew; `what_if_clip` takes the real update again, on a copy.
+`what_if` prices and credits the same answers anew, `repricer` does so for a dial that is dragged,
+`rescored` asks another reward model, and `what_if_clip` takes the real update again, on a copy.
+Every answer carries a sentence that says how exact it is.
+Left out: which answers another setting would have led to. No batch knows: that takes another run.
 
-Every answer carries a sentence that says how exact it is. None knows which answers another
-setting would have led to: that takes another run.
+Sources: Schulman et al. (2017, arXiv 1707.06347, eq. 7) for the clip that is moved; the critic is
+fitted again by the ridge regression of critic.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,17 +17,21 @@ import torch
 from torch import Tensor
 
 from minirlhf.advantages import gae, masked_mean, shape_rewards
-from minirlhf.autopsy.convention import Convention, demand, laid_out
-from minirlhf.autopsy.parts import AdvantageParts, split, whitened
-from minirlhf.autopsy.pushes import surrogate_slope
+from minirlhf.autopsy.convention import Convention, demand_fields, laid_out
+from minirlhf.autopsy.parts import AdvantageParts, split, whitened_parts
+from minirlhf.autopsy.pushes import outputs_of, surrogate_slope
 from minirlhf.config import PPOConfig
 from minirlhf.critic import ridge
-from minirlhf.model import response_logprobs
 from minirlhf.ppo import PPO, Scorer, treat_missing_eos
 from minirlhf.rollout import Rollout
 
 EXACT = "exact for this batch: the same answers and the same critic, priced and credited anew"
 OTHERS = "exact for this batch and the given values in the critic's place; the answers are the same"
+FITTED = (
+    "approximate: the critic is fitted again to this batch alone, by ridge regression; "
+    "a trained one would have seen other answers"
+)
+GIVEN = "exact for these log-probs; another epsilon would have led to others"
 AGAIN = (
     "exact: the ratios after the real update of this batch, taken again on a copy of the run; the "
     "update itself was a sum of minibatches, each with ratios of its own"
@@ -50,10 +56,11 @@ class WhatIf:
 
 def rescored(rollout: Rollout, reward_model: Scorer, convention: Convention) -> Tensor:
     """Scores [B] of the same answers by another reward model, with the same missing-EOS rule."""
-    demand(rollout, "finished")
+    demand_fields(rollout, "finished")
+    assert rollout.finished is not None
     with torch.no_grad():
         scores = reward_model(rollout.prompts, rollout.responses, rollout.mask)
-    return treat_missing_eos(scores, rollout.finished, convention)  # type: ignore[arg-type]
+    return treat_missing_eos(scores, rollout.finished, convention)
 
 
 def what_if(
@@ -78,14 +85,12 @@ def what_if(
             f"with kl_place {after.kl_place} no advantage depends on beta; add kl_place='reward' "
             "to ask what charging it in the reward would do"
         )
-    batch = replace(
-        rollout,
-        scores=rollout.scores if scores is None else scores,
-        values=rollout.values if values is None else values,
-    )
+    batch = rollout if scores is None else replace(rollout, scores=scores)
+    batch = batch if values is None else replace(batch, values=values)
     if features is not None:
         return _refitted(rollout, batch, convention, after, features)
-    return WhatIf(split(batch, after), True, EXACT if values is None else OTHERS, {})
+    why = EXACT if values is None else OTHERS
+    return WhatIf(parts=split(batch, after), exact=True, why=why, figures={})
 
 
 def repricer(
@@ -97,18 +102,23 @@ def repricer(
     tenth. Where it is not (group baselines, whitened rewards) or where no advantage depends on
     beta, every call is a what_if.
     """
-    c = convention
-    if c.kl_place != "reward" or c.advantage != "gae" or c.whiten_rewards == "rewards":
-        same = {c.price: {}}
-        return lambda beta, name: what_if(
-            rollout, c, scores=scores[name], **same.get(beta, {"beta": beta})
-        )
-    unit = replace(c, beta=1.0, whiten_advantages="none")
+    linear = convention.kl_place == "reward" and convention.advantage == "gae"
+    if not linear or convention.whiten_rewards == "rewards":
+
+        def asked(beta: float, name: Any) -> WhatIf:
+            if beta == convention.price:  # as it was charged: beta may play no part at all
+                return what_if(rollout, convention, scores=scores[name])
+            return what_if(rollout, convention, scores=scores[name], beta=beta)
+
+        return asked
+
+    unit = replace(convention, beta=1.0, whiten_advantages="none")
     raw = {name: split(replace(rollout, scores=x), unit) for name, x in scores.items()}
 
     def priced(beta: float, name: Any) -> WhatIf:
         parts = replace(raw[name], kl=beta * raw[name].kl)
-        return WhatIf(whitened(parts, rollout.mask, c), True, EXACT, {})
+        parts = whitened_parts(parts, rollout.mask, convention)
+        return WhatIf(parts=parts, exact=True, why=EXACT, figures={})
 
     return priced
 
@@ -117,11 +127,15 @@ def follow(
     logged: Rollout, batch: Rollout, before: Convention, after: Convention, features: Tensor
 ) -> tuple[Tensor, float]:
     """How far the values [B, T] of a critic would move that followed the change from `logged`
-    under `before` to `batch` under `after`, and the share of the change that it takes up."""
+    under `before` to `batch` under `after`, and the share of the change that it takes up.
+
+    Approximate, as every critic that is fitted to one batch. features [N, F] as in what_if.
+    """
     change = _to_come(batch, after) - _to_come(logged, before)
     fitted = _fit(features.double(), change, batch)
     left = torch.where(batch.mask, change - fitted, 0.0).square().sum()
-    return fitted, 1 - float(left / change.square().sum().clamp(min=1e-12))
+    share_left = float(left / change.square().sum().clamp(min=1e-12))
+    return fitted, 1 - share_left
 
 
 def _refitted(
@@ -131,19 +145,19 @@ def _refitted(
     if after.advantage != "gae":
         raise ValueError(f"advantage {after.advantage} has no critic that could be fitted again")
     fitted, absorbed = follow(logged, batch, before, after, features)
-    why = (
-        "approximate: the critic is fitted again to this batch alone, by ridge regression; "
-        "a trained one would have seen other answers"
-    )
     followed = replace(batch, values=batch.values.double() + fitted)
-    return WhatIf(split(followed, after), False, why, {"absorbed": absorbed})
+    parts = split(followed, after)
+    return WhatIf(parts, exact=False, why=FITTED, figures={"absorbed": absorbed})
 
 
 def _to_come(rollout: Rollout, convention: Convention) -> Tensor:
     """Discounted rewards from each token on, [B, T]."""
     laid = laid_out(rollout, convention)
-    rewards = shape_rewards(laid.scores, laid.kl, laid.mask, beta=convention.price)  # type: ignore
-    sums = gae(rewards, 0 * rewards, laid.mask, gamma=convention.gamma, lam=1.0)
+    assert laid.kl is not None
+    rewards = shape_rewards(laid.scores, laid.kl, laid.mask, beta=convention.price)
+    # with lambda 1 and no critic an advantage is the discounted sum itself
+    no_values = torch.zeros_like(rewards)
+    sums = gae(rewards, no_values, laid.mask, gamma=convention.gamma, lam=1.0)
     return torch.where(rollout.mask, sums, 0.0)
 
 
@@ -174,14 +188,15 @@ def what_if_clip(
     fixed. `progress` is called before each of the update's minibatches; what it raises ends the
     update. Raises ValueError where the ratio is 1 everywhere, so that no clip acts.
     """
-    demand(rollout, "advantages")
-    figures, why = {}, "exact for these log-probs; another epsilon would have led to others"
+    demand_fields(rollout, "advantages")
+    figures = {}
+    why = GIVEN
     if run is not None:
-        copied, given = run.copy(), (rollout.prompts, rollout.responses, rollout.mask)
+        copied = run.copy()
         copied.config = replace(run.config, clip=config.clip, clip_style=config.clip_style)
         figures = copied.update(rollout, progress=progress)
         with torch.no_grad():
-            logprobs = response_logprobs(copied.policy, *given, temperature=config.temperature)[0]
+            logprobs, _ = outputs_of(copied, rollout)
         why = AGAIN
     now = rollout.logprobs if logprobs is None else logprobs
     moved = torch.where(rollout.mask, now - rollout.logprobs, 0.0)
@@ -190,8 +205,10 @@ def what_if_clip(
             "the ratio is 1 on every token, as in the first minibatch of an update, so no epsilon "
             "changes anything: give the run, whose update is then taken again, or later log-probs"
         )
-    each = replace(config, loss_aggregation="sequence_sum")
-    slope = len(rollout) * surrogate_slope(now, rollout, each).double()
-    scaled = {name: slope * x for name, x in vars(parts).items() if x is not None}
+    # the mean over answers of their sums, times the number of answers: a token's weight is 1, so
+    # that the slope is its ratio alone, or 0 where the clip has cut
+    unweighted = replace(config, loss_aggregation="sequence_sum")
+    slope = len(rollout) * surrogate_slope(now, rollout, unweighted).double()
+    let_through = {name: slope * part for name, part in parts.tensors().items()}
     figures["cut_share"] = float(masked_mean((slope == 0).double(), rollout.mask))
-    return WhatIf(AdvantageParts(**scaled), True, why, figures)
+    return WhatIf(parts=AdvantageParts(**let_through), exact=True, why=why, figures=figures)

@@ -3,8 +3,9 @@
 Each row says what was looked at, whether it is OK, what was found and what to do. FAIL means that
 something will not run; WARN that it runs but differs from what was tested.
 
-Left out: repairing anything, the network, and the JupyterLab server itself (on a JupyterHub it may
-live in another environment that cannot be seen from here).
+Whatever may be broken is imported where its row is made, torch included. Left out: repairing
+anything, the network, and the JupyterLab server itself (on a JupyterHub it may live in another
+environment that cannot be seen from here).
 """
 
 import hashlib
@@ -17,17 +18,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from minirlhf.engine.files import PACKAGE, data_folder
-
 Status = Literal["OK", "WARN", "FAIL"]
-HOME = PACKAGE.parent
+HOME = Path(__file__).resolve().parents[2]  # a checkout, or the folder of an installed wheel
 INSTALL = 'pip install -c constraints.txt -e ".[dev]"'
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `minirlhf check` can be given."""
+
+    out: Path = Path()
+    """a folder that runs would write to"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+
+
+def run(options: Annotated[Options, tyro.conf.arg(name="")]) -> int:
+    """Print the table of what is ready and what is not; 1 where something is not."""
+    rows = check(out=options.out, device=options.device)
+    print(render(rows))
+    return exit_code(rows)
 
 
 @dataclass(frozen=True)
@@ -159,8 +176,9 @@ def _widgets() -> Row:
 
 
 def _data_folder(home: Path) -> Path:
-    """This installation's data/, or that of another checkout."""
-    return data_folder() if home == HOME else home / "data"
+    """As engine.files.data_folder, which needs the torch that may be what is wrong."""
+    inside = home / "minirlhf" / "data"  # of an installed wheel
+    return inside if inside.is_dir() else home / "data"
 
 
 def _data(folder: Path) -> Row:

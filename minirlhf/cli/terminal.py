@@ -1,12 +1,21 @@
-"""What a run says on a terminal: bars while it runs, tables and sample answers at its end.
+"""What a command says on a terminal: bars while it runs, tables and sample answers at its end.
 
-Left out: what the commands do (cli/main.py), and pictures (lab/).
+Left out: what the commands do (cli/<command>.py), and pictures (lab/).
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from minirlhf.audit.measures import MEASURES
+
+# the metrics of a step, by the last part of their names, that a bar has room for
+IN_BARS = ("loss_nats", "loss", "accuracy", "score_sd", "kl_nats", "length bias")
+# options of a command that change nothing of what it computes, and how many words follow each
+SILENT = {"--out": 1, "--resume": 0, "--ship": 0, "--jobs": 1, "--backend": 1, "--address": 1}
 
 
 class Bars:
@@ -15,20 +24,55 @@ class Bars:
     def __init__(self) -> None:
         self.bars: dict[str, tqdm] = {}
 
-    def __call__(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
-        """Progress of drift.Drift."""
+    def move(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of a stage's `total` parts are done; the note stands behind its bar."""
         if stage not in self.bars:
             self.close()
-            self.bars[stage] = tqdm(total=total, desc=f"{stage:<11}", ncols=88, leave=True)
-        bar, shown = self.bars[stage], {k.split("/")[-1]: v for k, v in metrics.items()}
-        keep = ("loss_nats", "loss", "accuracy", "score_sd", "kl_nats", "length bias")
-        bar.set_postfix({k: f"{v:.2f}" for k, v in shown.items() if k in keep}, refresh=False)
+            self.bars[stage] = tqdm(total=total, desc=f"{stage:<13}", ncols=88, postfix=note)
+        bar = self.bars[stage]
+        bar.set_postfix_str(note, refresh=False)
         bar.update(done - bar.n)
+
+    def __call__(self, stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        """Progress of drift.Drift."""
+        shown = {name.split("/")[-1]: value for name, value in metrics.items()}
+        notes = [f"{name}={value:.2f}" for name, value in shown.items() if name in IN_BARS]
+        self.move(stage, done, total, ", ".join(notes))
+
+    def of_jobs(self, stage: str) -> Callable[[str, int, int], None]:
+        """Progress of jobs.run_jobs; what it says of a job that failed is a line above the bar."""
+
+        def report(text: str, done: int, total: int) -> None:
+            before = self.bars[stage].n if stage in self.bars else 0
+            self.move(stage, done, total)
+            if done == before:  # a job that is done would have moved the bar
+                tqdm.write(f"minirlhf: {text}", file=sys.stderr)
+
+        return report
 
     def close(self) -> None:
         """Finish the bar that is open."""
         for bar in self.bars.values():
             bar.close()
+
+
+def say_if_new(begins: Path, what: str) -> None:
+    """Say that --resume finds nothing, where the file is missing with which a run begins."""
+    if not begins.exists():
+        print(f"nothing to resume in {begins.parent}: a new {what} starts there", file=sys.stderr)
+
+
+def as_given() -> str:
+    """The command as it was given, without where it was to write and how it was spread."""
+    kept = ["minirlhf"]
+    words = iter(sys.argv[1:])
+    for word in words:
+        if word not in SILENT:
+            kept.append(word)
+            continue
+        for _ in range(SILENT[word]):
+            next(words, None)
+    return " ".join(kept)
 
 
 def print_evaluations(summary: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -37,7 +81,8 @@ def print_evaluations(summary: dict[str, Any], say: Callable[[str], None]) -> No
     say(
         "      RM score          KL   │  brief: tokens  gold direct evades │ detailed: tokens  gold"
     )
-    say("step  reward sd  nats/answer │               points   rate   rate │                points")
+    score, gold = (MEASURES[name].unit for name in ("rm_score_sd", "gold"))
+    say(f"step  {score:>9}  nats/answer │ {gold:>20}   rate   rate │ {gold:>21}")
     for entry in summary["history"]:
         b, d = entry["brief"], entry["detailed"]
         say(

@@ -61,39 +61,43 @@ class Pairs:
 
     def to(self, device: torch.device) -> "Pairs":
         """The same pairs with their tensors on `device`."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device) for k, v in columns.items() if isinstance(v, Tensor)}
+        moved = {k: v.to(device) for k, v in self._columns().items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+    def _columns(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def select(self, rows: np.ndarray) -> "Pairs":
         """The pairs of an index or boolean array [N]."""
-        index = torch.from_numpy(np.flatnonzero(rows) if rows.dtype == bool else rows)
-        picked = {}
-        for field in fields(self):
-            column = getattr(self, field.name)
-            picked[field.name] = column[index if isinstance(column, Tensor) else rows]
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        index = torch.from_numpy(rows)
+        picked: dict[str, Any] = {}
+        for name, column in self._columns().items():
+            picked[name] = column[index] if isinstance(column, Tensor) else column[rows]
         return Pairs(**picked)
 
     def join(self, other: "Pairs") -> "Pairs":
         """These pairs, and then those of `other`."""
         made: dict[str, Any] = {}
-        for name in (f.name for f in fields(self)):
-            mine, others = getattr(self, name), getattr(other, name)
-            joined = torch.cat if isinstance(mine, Tensor) else np.concatenate
-            made[name] = joined((mine, others))
+        for name, column in self._columns().items():
+            join = torch.cat if isinstance(column, Tensor) else np.concatenate
+            made[name] = join((column, getattr(other, name)))
         return Pairs(**made)
 
     def swap(self, rows: np.ndarray) -> "Pairs":
         """The same pairs with the winner of the True rows [N] exchanged; p_label follows."""
-        flip, new = torch.from_numpy(rows)[:, None], {}
+        flip = torch.from_numpy(rows)[:, None]
+        new: dict[str, Any] = {"p_label": np.where(rows, 1 - self.p_label, self.p_label)}
         for name in ("{}", "{}_mask", "gold_{}", "fact_{}", "length_{}", "hedged_{}"):
-            a, b = (getattr(self, name.format(end)) for end in ("chosen", "rejected"))
+            winner, loser = name.format("chosen"), name.format("rejected")
+            a, b = getattr(self, winner), getattr(self, loser)
             if isinstance(a, Tensor):
-                swapped = torch.where(flip, b, a), torch.where(flip, a, b)
+                new[winner] = torch.where(flip, b, a)
+                new[loser] = torch.where(flip, a, b)
             else:
-                swapped = np.where(rows, b, a), np.where(rows, a, b)
-            new |= {name.format("chosen"): swapped[0], name.format("rejected"): swapped[1]}
-        return replace(self, **new, p_label=np.where(rows, 1 - self.p_label, self.p_label))
+                new[winner] = np.where(rows, b, a)
+                new[loser] = np.where(rows, a, b)
+        return replace(self, **new)
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,18 @@ def raw_bias(pairs: Pairs) -> dict[str, float]:
     """
     longer = pairs.length_chosen > pairs.length_rejected
     unequal = pairs.length_chosen != pairs.length_rejected
-    hedger, one = pairs.hedged_chosen, pairs.hedged_chosen != pairs.hedged_rejected
+    one_hedges = pairs.hedged_chosen != pairs.hedged_rejected
     matched = np.isclose(pairs.fact_chosen, pairs.fact_rejected)
+    shares = {
+        "longer_wins": (longer, unequal),
+        "longer_wins_matched": (longer, unequal & matched),
+        "hedged_wins": (pairs.hedged_chosen, one_hedges),
+        "hedged_wins_matched": (pairs.hedged_chosen, one_hedges & matched),
+    }
     out = {"n": float(len(pairs))}
-    for name, wins, among in (("longer_wins", longer, unequal), ("hedged_wins", hedger, one)):
-        for suffix, rows in (("", among), ("_matched", among & matched)):
-            out[name + suffix] = float(wins[rows].mean()) if rows.any() else float("nan")
-            out[f"n_{name}{suffix}"] = float(rows.sum())
+    for name, (wins, among) in shares.items():
+        out[name] = float(wins[among].mean()) if among.any() else float("nan")
+        out[f"n_{name}"] = float(among.sum())
     return out
 
 
@@ -191,7 +200,9 @@ def _answers(
         raise ValueError(
             f"the sampler gave {len(own)} answers to {len(rows)} prompts; give one each"
         )
-    drawn, first, second = iter(own), [], []
+    drawn = iter(own)
+    first: list[str] = []
+    second: list[str] = []
     for prompt, (own_a, own_b) in zip(prompts, slots, strict=True):
         a = next(drawn) if own_a else desk.candidate(prompt, rng)
         b = next(drawn) if own_b else desk.candidate(prompt, rng)
@@ -217,14 +228,19 @@ def pack_pairs(
         # An answer that fills the response has no room for EOS: it was cut off.
         finished = [len(row) < desk.max_response for row in ids]
         for row, done in zip(ids, finished, strict=True):
-            row += [desk.vocabulary.eos] * done
+            if done:
+                row.append(desk.vocabulary.eos)
         columns[end], columns[f"{end}_mask"] = right_pad(ids, desk.max_response)
         grades = desk.grade_many(prompts, answers, finished)
         columns[f"length_{end}"] = grades["length_tokens"]
-        columns |= {f"{name}_{end}": grades[name] for name in ("gold", "fact", "hedged")}
-    stratum = np.array([prompt.stratum for prompt in prompts])
-    half = np.full(len(prompts), 0.5)
-    return Pairs(prompts=desk.encode(prompts), stratum=stratum, p_label=half, **columns)
+        for name in ("gold", "fact", "hedged"):
+            columns[f"{name}_{end}"] = grades[name]
+    return Pairs(
+        prompts=desk.encode(prompts),
+        stratum=np.array([prompt.stratum for prompt in prompts]),
+        p_label=np.full(len(prompts), 0.5),
+        **columns,
+    )
 
 
 def _label(pairs: Pairs, config: PreferenceConfig, rng: np.random.Generator) -> Pairs:

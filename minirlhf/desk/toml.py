@@ -206,7 +206,8 @@ def _facts(sheet: _Sheet, n_slots: int) -> tuple[int, int]:
 def _intent(sheet: _Sheet, name: str, slots: dict[str, tuple[str, ...]]) -> Intent:
     section = f"intents.{name}"
     table = sheet.table(section)
-    slot, stratum = table.get("slot"), table.get("stratum")
+    slot = table.get("slot")
+    stratum = table.get("stratum")
     if slot not in slots:
         what = f"slot of [{section}] is {slot!r}; use one of {', '.join(slots)}"
         raise sheet.error(section, "slot", what)
@@ -270,12 +271,16 @@ def _check_words(sheet: _Sheet, spec: DeskSpec) -> None:
     for name, intent in spec.intents.items():
         keys = {key: f"the key of a step of {name}" for key, _ in intent.says if key}
         every |= keys
-        for key, texts in (*intent.says, *(("", (q,)) for q in intent.questions)):
-            others = {k: role for k, role in keys.items() if key and k != key}
+        for key, texts in intent.says:
+            others = {other: role for other, role in keys.items() if other != key}
             _refuse(sheet, f"intents.{name}", texts, {**owner, **marker, **others})
+        # a question may use the key words of steps: it is never graded
+        _refuse(sheet, f"intents.{name}", intent.questions, {**owner, **marker})
     for group, texts in spec.phrases.items():
         taken = {**owner, **every}
-        _refuse(sheet, "phrases", texts, taken if group == "hedge" else {**taken, **marker})
+        if group != "hedge":
+            taken.update(marker)
+        _refuse(sheet, "phrases", texts, taken)
     for text in spec.phrases["hedge"]:
         if spec.markers.isdisjoint(text.split()):
             what = f"{text!r} has no hedge marker; list one of its words in [markers]"
@@ -328,13 +333,16 @@ def _writer(
 
 def _longest(sheet: _Sheet, spec: DeskSpec, section: str, style: str, stratum: str) -> int:
     """Tokens of the longest answer in a style, EOS not counted; its parts are checked first."""
-    parts, longest = spec.styles[style], 0
+    parts = spec.styles[style]
+    longest = 0
     full: dict[str, int] = dict.fromkeys(STRATA, 0)
     for intent in spec.intents.values():
         full[intent.stratum] = max(full[intent.stratum], sum(intent.longest.values()))
-    room = dict.fromkeys(PARTS, full[stratum]) | {"other": max(full.values())}
+    room: dict[str, int] = dict.fromkeys(PARTS, full[stratum])
+    room["other"] = max(full.values())  # an answer to another question, of any stratum
     for part in dict.fromkeys(parts):
-        times, phrases = parts.count(part), spec.phrases.get(part, ())
+        times = parts.count(part)
+        phrases = spec.phrases.get(part, ())
         if part not in PARTS and not phrases:
             known = ", ".join((*PARTS, *spec.phrases))
             what = f"style {style} has the unknown part {part!r}; use {known}"

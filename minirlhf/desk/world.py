@@ -35,7 +35,7 @@ class Prompt:
 
     text: str
     intent: str
-    stratum: str  # "brief" or "detailed"
+    stratum: str  # "brief" or "detailed": the desk's label; the audit measures its own
     slot: str
     value: str
     wording: int  # which of the intent's questions
@@ -70,15 +70,19 @@ class Desk:
         self.spec = spec
         self.max_response = spec.max_response
         self.vocabulary = Vocabulary(sorted(spec.words()))
-        asked = max(len(q.split()) for i in spec.intents.values() for q in i.questions)
-        # each fact with its "," or ".", the question, "<sep>"
-        self.prompt_width = 3 * spec.facts[1] + asked + 1
+        questions = [text for intent in spec.intents.values() for text in intent.questions]
+        longest = max(len(text.split()) for text in questions)
+        # label, value and "," or "." of each fact, the question, "<sep>"
+        self.prompt_width = 3 * spec.facts[1] + longest + 1
         self._by_stratum = {s: [i for i in spec.intents.values() if i.stratum == s] for s in STRATA}
         # What grading looks up, made once: a batch is graded at every audit of every run.
-        self._values = {name: frozenset(spec.slots[i.slot]) for name, i in spec.intents.items()}
-        self._room = {name: i.longest for name, i in spec.intents.items()}
+        self._values: dict[str, frozenset[str]] = {}  # intent -> values of its slot
+        self._room: dict[str, dict[str, int]] = {}  # intent -> tokens of each entry it says
+        for name, intent in spec.intents.items():
+            self._values[name] = frozenset(spec.slots[intent.slot])
+            self._room[name] = intent.longest
         plain = {word for text in spec.plain() for word in text.split()}
-        self._polite = {w for text in spec.courtesy() for w in text.split()} - plain
+        self._polite = {word for text in spec.courtesy() for word in text.split()} - plain
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> "Desk":
@@ -98,27 +102,35 @@ class Desk:
         out = []
         for _ in range(n):
             kind = stratum or STRATA[rng.random() >= self.spec.brief_share]
-            out.append(self._prompt(_pick(self._by_stratum[kind], rng), rng))
+            intent = _pick(self._by_stratum[kind], rng)
+            out.append(self._prompt(intent, rng))
         return out
 
     def probes(self, n: int, seed: int = 0) -> list[Prompt]:
         """`n` fixed prompts, all different, in turn over the strata and over their intents."""
         rng = np.random.default_rng(seed)
         found: dict[str, Prompt] = {}
-        for i in range(n):
-            intents = self._by_stratum[STRATA[i % 2]]
-            tries = (self._prompt(intents[i // 2 % len(intents)], rng) for _ in range(200))
-            new = next((prompt for prompt in tries if prompt.text not in found), None)
-            if new is None:
+        for number in range(n):
+            turn, stratum = divmod(number, len(STRATA))
+            intents = self._by_stratum[STRATA[stratum]]
+            intent = intents[turn % len(intents)]
+            for _ in range(200):
+                prompt = self._prompt(intent, rng)
+                if prompt.text not in found:
+                    found[prompt.text] = prompt
+                    break
+            else:
                 raise ValueError(f"no {n} different probes exist; ask for fewer or add values")
-            found[new.text] = new
         return list(found.values())
 
     def _prompt(self, intent: Intent, rng: np.random.Generator) -> Prompt:
-        spec, (low, high) = self.spec, self.spec.facts
+        spec = self.spec
+        fewest, most = spec.facts
+        # which facts the record shows: the asked one, at any place among some others
         others = [slot for slot in spec.slots if slot != intent.slot]
-        order = rng.permutation(len(others))[: low - 1 + int(rng.random() * (high - low + 1))]
-        shown = [others[i] for i in order]
+        order = rng.permutation(len(others))
+        count = fewest - 1 + int(rng.random() * (most - fewest + 1))
+        shown = [others[i] for i in order[:count]]
         shown.insert(int(rng.random() * (len(shown) + 1)), intent.slot)
         values = {slot: _pick(spec.slots[slot], rng) for slot in shown}
         facts = " , ".join(f"{spec.labels[slot]} {value}" for slot, value in values.items())
@@ -129,7 +141,8 @@ class Desk:
 
     def encode(self, prompts: Sequence[Prompt]) -> Tensor:
         """Prompts as one LongTensor [B, prompt_width], padded on the left."""
-        return left_pad([self.vocabulary.encode(p.text) for p in prompts], self.prompt_width)
+        ids = [self.vocabulary.encode(prompt.text) for prompt in prompts]
+        return left_pad(ids, self.prompt_width)
 
     # ------------------------------------------------------------------ answers
     def demonstration(self, prompt: Prompt, rng: np.random.Generator) -> str:
@@ -142,7 +155,7 @@ class Desk:
 
     def concise(self, prompt: Prompt, rng: np.random.Generator | None = None) -> str:
         """A correct answer without padding, in the first wording or in a random one."""
-        return self._fill(prompt, [texts for _, texts in self._says(prompt)], prompt.value, rng)
+        return self._fill(prompt, self._says(prompt), prompt.value, rng)
 
     def matched_pair(
         self, prompt: Prompt, rng: np.random.Generator, *, hedge: bool = False
@@ -158,22 +171,29 @@ class Desk:
 
     def padded(self, answer: str, rng: np.random.Generator, *, hedges: bool = False) -> str:
         """An answer inside one to four phrases, none twice: the same content in another manner."""
-        groups = ("opener", "filler", "filler", "closer", *(("hedge",) * 2 * hedges))
+        groups = ["opener", "filler", "filler", "closer"]
+        if hedges:
+            groups += ["hedge", "hedge"]
         kept = rng.permutation(len(groups))[: 1 + int(rng.random() * 4)]
-        said = {_pick(self.spec.phrases[groups[i]], rng): groups[i] for i in sorted(kept)}
+        said = {}  # phrase -> group: a phrase that is picked twice is said once
+        for i in sorted(kept):
+            said[_pick(self.spec.phrases[groups[i]], rng)] = groups[i]
         before = [phrase for phrase, group in said.items() if group == "opener"]
-        return " ".join([*before, answer, *(p for p in said if p not in before)])
+        after = [phrase for phrase, group in said.items() if group != "opener"]
+        return " ".join([*before, answer, *after])
 
     def _write(self, writer: str, prompt: Prompt, rng: np.random.Generator) -> str:
         """An answer in one of the writer's styles, part by part."""
         styles, cumulative = self.spec.writers[writer, prompt.stratum]
-        style = styles[min(bisect(cumulative, rng.random()), len(styles) - 1)]
+        drawn = bisect(cumulative, rng.random())
+        style = styles[min(drawn, len(styles) - 1)]  # shares may end a rounding below 1
         said: list[str] = []
         for part in self.spec.styles[style]:
-            if part not in PARTS:  # a phrase, never twice in one answer
-                said.append(_pick([p for p in self.spec.phrases[part] if p not in said], rng))
-                continue
-            said.append(self._part(part, prompt, rng))
+            if part in PARTS:
+                said.append(self._part(part, prompt, rng))
+            else:  # a phrase, never twice in one answer
+                unsaid = [phrase for phrase in self.spec.phrases[part] if phrase not in said]
+                said.append(_pick(unsaid, rng))
         return " ".join(said)
 
     def _part(self, part: str, prompt: Prompt, rng: np.random.Generator) -> str:
@@ -181,16 +201,18 @@ class Desk:
         if part == "other":
             intents = [i for i in self.spec.intents.values() if i.name != prompt.intent]
             return self.concise(self._prompt(_pick(intents, rng), rng), rng)
-        texts, value = [texts for _, texts in self._says(prompt)], prompt.value
+        texts = self._says(prompt)
+        value = prompt.value
         if part == "partial":  # at least one step, in order, but not all
             kept = rng.permutation(len(texts))[: 1 + int(rng.random() * (len(texts) - 1))]
             texts = [texts[i] for i in sorted(kept)]
         if part == "wrong":
-            value = _pick([v for v in self.spec.slots[prompt.slot] if v != value], rng)
+            value = _pick([other for other in self.spec.slots[prompt.slot] if other != value], rng)
         return self._fill(prompt, texts, value, rng)
 
-    def _says(self, prompt: Prompt) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        return self.spec.intents[prompt.intent].says
+    def _says(self, prompt: Prompt) -> list[tuple[str, ...]]:
+        """The wordings of each sentence of a full answer."""
+        return [wordings for _, wordings in self.spec.intents[prompt.intent].says]
 
     def _fill(
         self,
@@ -200,13 +222,14 @@ class Desk:
         rng: np.random.Generator | None,
     ) -> str:
         """One wording of each sentence, the slot filled with `value`."""
-        text = " ".join(wordings[0] if rng is None else _pick(wordings, rng) for wordings in texts)
-        return text.replace(f"{{{prompt.slot}}}", value)
+        said = [wordings[0] if rng is None else _pick(wordings, rng) for wordings in texts]
+        return " ".join(said).replace(f"{{{prompt.slot}}}", value)
 
     # ------------------------------------------------------------------ grades
     def grade(self, prompt: Prompt, answer: str, finished: bool = True) -> Grade:
         """The exact quality of any text as an answer to `prompt`. Never raises on a text."""
-        room, words = self._room[prompt.intent], answer.split()
+        words = answer.split()
+        room = self._room[prompt.intent]
         fact_key = next(iter(room))  # the entry that counts only with the record's value
         tried: set[str] = set()  # facts and steps stated once, rightly or wrongly
         done: set[str] = set()  # those that were right
@@ -227,7 +250,8 @@ class Desk:
             stated |= here
             tried |= tries
             done |= tries if prompt.value in here else tries - {fact_key}
-        wrong, share = bool(stated - {prompt.value}), len(done) / len(room)
+        wrong = bool(stated - {prompt.value})
+        share = len(done) / len(room)
         fact = self._fact(share, wrong, direct)
         return Grade(
             length_tokens=len(words) + bool(finished),
@@ -249,22 +273,28 @@ class Desk:
         self, prompt: Prompt, words: list[str]
     ) -> Iterator[tuple[list[str], frozenset[str], set[str]]]:
         """Each sentence, the values of the asked slot in it, and the facts or steps it states."""
-        values, room = self._values[prompt.intent], self._room[prompt.intent]
-        brief = "" in room
+        values = self._values[prompt.intent]
+        room = self._room[prompt.intent]
         for sentence in _sentences(words):
             here = values.intersection(sentence)
-            yield sentence, here, ({""} if here else set()) if brief else room.keys() & sentence
+            stated = room.keys() & sentence  # a step is told by its key word
+            if here and "" in room:  # brief: any value of the slot states the one fact
+                stated = {""}
+            yield sentence, here, stated
 
     def _fact(self, share: float, wrong: bool, direct: bool) -> float:
         """The part of gold, in points, that needs the record."""
         gold = self.spec.gold
         right = share * gold["correct"] + (1 - share) * gold["missing"]
-        return (gold["wrong"] if wrong else right) + gold["direct"] * direct
+        points = gold["wrong"] if wrong else right
+        return points + gold["direct"] if direct else points
 
     def _style_cost(self, padding: int, hedged: bool, finished: bool) -> float:
         """What the style of an answer costs, in points."""
         gold = self.spec.gold
-        return gold["pad"] * padding + gold["hedge"] * hedged + gold["unfinished"] * (not finished)
+        hedging = gold["hedge"] if hedged else 0.0
+        cut_off = 0.0 if finished else gold["unfinished"]
+        return gold["pad"] * padding + hedging + cut_off
 
     def grade_many(
         self,
@@ -273,13 +303,12 @@ class Desk:
         finished: Sequence[bool] | np.ndarray | Tensor | None = None,
     ) -> dict[str, np.ndarray]:
         """Grades of B answers, one array [B] per field of `Grade`; all finished if not said."""
-        ended = [True] * len(answers) if finished is None else [bool(f) for f in finished]
+        ended = [True] * len(answers) if finished is None else [bool(flag) for flag in finished]
         if not len(prompts) == len(answers) == len(ended):
             counts = f"{len(prompts)} prompts, {len(answers)} answers, {len(ended)} finish flags"
             raise ValueError(f"{counts}: give one of each for every answer")
         grades = [self.grade(*row) for row in zip(prompts, answers, ended, strict=True)]
-        columns = zip(*grades, strict=True) if grades else ((),) * len(Grade._fields)
-        return {name: np.array(c) for name, c in zip(Grade._fields, columns, strict=True)}
+        return {name: np.array([getattr(g, name) for g in grades]) for name in Grade._fields}
 
 
 def _sentences(words: list[str]) -> Iterator[list[str]]:

@@ -22,7 +22,7 @@ from minirlhf.autopsy.convention import Convention
 from minirlhf.autopsy.facts import Facts, three_facts
 from minirlhf.autopsy.parts import AdvantageParts, split
 from minirlhf.desk.world import Desk, Prompt
-from minirlhf.engine.intervals import bootstrap_mean as interval
+from minirlhf.engine.intervals import bootstrap_mean
 from minirlhf.rollout import Rollout, concat
 
 
@@ -36,8 +36,9 @@ def kinds(
     concise (correct, without padding): two bool [B]."""
     grades = grade(desk, prompts, rollout.responses, rollout.mask)
     padding = grades["padding_tokens"]
-    found = (padding >= verbose_padding, (padding == 0) & grades["correct"])
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    verbose = padding >= verbose_padding
+    concise = (padding == 0) & grades["correct"]
+    return torch.from_numpy(verbose), torch.from_numpy(concise)
 
 
 def batch_facts(
@@ -50,25 +51,31 @@ def batch_facts(
     answers; the positive share is one of tokens; the last share is that of absolute log-ratios
     held by the top tenth of all tokens of the batch. A group without answers gives nan.
     """
-    here = np.array([prompt.stratum == stratum for prompt in prompts])
-    both = kinds(auditor.desk, rollout, prompts, auditor.config.verbose_padding)
-    verbose, concise = (here & kind.numpy() for kind in both)
     assert rollout.advantages is not None
-    mask, lengths = rollout.mask, rollout.lengths
+    here = np.array([prompt.stratum == stratum for prompt in prompts])  # the desk's label
+    verbose, concise = kinds(auditor.desk, rollout, prompts, auditor.config.verbose_padding)
+    verbose = here & verbose.numpy()
+    concise = here & concise.numpy()
+
+    # (a) one courtesy phrase on a concise correct answer, so that nothing else differs
+    phrase = auditor.matched_gaps([prompt for prompt in prompts if prompt.stratum == stratum])
+    # (b) padding has a log-ratio of 0, and adds nothing to the sum
     log_ratio = rollout.logprobs - rollout.ref_logprobs
-    kl = log_ratio.sum(1).cpu().numpy()
-    advantage = (rollout.advantages.sum(1) / lengths).cpu().numpy()
-    positive = ((rollout.advantages > 0) & mask).cpu().numpy()[verbose]
-    sizes = log_ratio[mask].abs().sort(descending=True).values
-    matched = auditor.matched_gaps([p for p, h in zip(prompts, here, strict=True) if h])
+    kl = log_ratio.sum(1).cpu().numpy()  # [B]
+    sizes = log_ratio[rollout.mask].abs().sort(descending=True).values
+    top = sizes[: len(sizes) // 10].sum()
+    # (c)
+    advantage = (rollout.advantages.sum(1) / rollout.lengths).cpu().numpy()  # [B]
+    mask = rollout.mask.cpu().numpy()
+    positive = ((rollout.advantages > 0) & rollout.mask).cpu().numpy()
     return {
-        "rm_gap_sd": mean_or_nan(matched),
+        "rm_gap_sd": mean_or_nan(phrase),
         "kl_verbose_nats": mean_or_nan(kl[verbose]),
         "kl_concise_nats": mean_or_nan(kl[concise]),
         "advantage_verbose": mean_or_nan(advantage[verbose]),
         "advantage_concise": mean_or_nan(advantage[concise]),
-        "positive_token_share_verbose": mean_or_nan(positive[mask.cpu().numpy()[verbose]]),
-        "kl_share_top_decile": float(sizes[: len(sizes) // 10].sum() / sizes.sum().clamp(min=1e-9)),
+        "positive_token_share_verbose": mean_or_nan(positive[verbose][mask[verbose]]),
+        "kl_share_top_decile": float(top / sizes.sum().clamp(min=1e-9)),
         "n_verbose": int(verbose.sum()),
         "n_concise": int(concise.sum()),
     }
@@ -84,28 +91,43 @@ def mid_run(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if not batches:
         return {}
-    there = [i for i, b in enumerate(batches) if b["n_verbose"] >= 2 * b["n_concise"] > 0]
-    middle = there[0] if there else len(batches) - 1
+    middle = len(batches) - 1
+    for number, batch in enumerate(batches):
+        if batch["n_verbose"] >= 2 * batch["n_concise"] > 0:
+            middle = number
+            break
     around = batches[max(middle - 1, 0) : middle + 2]
-    pooled: dict[str, Any] = {"step": batches[middle]["step"]}
-    pooled["steps"] = [b["step"] for b in around]
-    for name in (name for name in around[0] if name != "step"):
-        values = np.array([np.nan if b[name] is None else b[name] for b in around], dtype=float)
+    pooled: dict[str, Any] = {
+        "step": batches[middle]["step"],
+        "steps": [batch["step"] for batch in around],
+    }
+    for name in around[0]:
         if name in ("n_verbose", "n_concise"):
-            pooled[name] = int(values.sum())
-            continue
-        ends = (end for end in ("verbose", "concise") if end in name)
-        weights = np.array([b[f"n_{end}"] for end in ends for b in around] or [1.0] * len(around))
-        known = (weights > 0) & np.isfinite(values)
-        mean = np.average(values[known], weights=weights[known]) if known.any() else np.nan
-        pooled[name] = float(mean)
+            pooled[name] = sum(batch[name] for batch in around)
+        elif name != "step":
+            pooled[name] = _pooled_mean(around, name)
     return pooled
+
+
+def _pooled_mean(batches: Sequence[dict[str, Any]], name: str) -> float:
+    """A fact of verbose (or concise) answers weighs as many of them as its batch has; the others
+    weigh the same in each. nan if no batch knows it."""
+    # a batch that was read back from JSON has None for nan
+    values = np.array([batch[name] for batch in batches], dtype=float)
+    weights = np.ones(len(batches))
+    for kind in ("verbose", "concise"):
+        if kind in name:
+            weights = np.array([batch[f"n_{kind}"] for batch in batches])
+    known = (weights > 0) & np.isfinite(values)
+    if not known.any():
+        return float("nan")
+    return float(np.average(values[known], weights=weights[known]))
 
 
 def clearest(batches: Sequence[dict[str, Any]], steps: Sequence[int]) -> int:
     """Of these steps, the one in whose batch the smaller of the two groups of answers is largest:
     the means of verbose and of concise answers are there least a matter of chance."""
-    smaller = {b["step"]: min(b["n_verbose"], b["n_concise"]) for b in batches}
+    smaller = {batch["step"]: min(batch["n_verbose"], batch["n_concise"]) for batch in batches}
     return max(steps, key=lambda step: smaller[step])
 
 
@@ -127,32 +149,49 @@ def pooled_facts(
     """
     if not batches:
         return {}
-    whole, rng = concat([rollout for rollout, _ in batches]), np.random.default_rng(seed)
-    splits = [vars(split(*batch)) for batch in batches]
-    known = [name for name, part in splits[0].items() if part is not None]
-    parts = AdvantageParts(**{name: torch.cat([s[name] for s in splits]) for name in known})
+    rng = np.random.default_rng(seed)
+    whole = concat([rollout for rollout, _ in batches])
     assert whole.index is not None
-    asked = [table[i] for i in whole.index.tolist()]
-    verbose, concise = kinds(auditor.desk, whole, asked, auditor.config.verbose_padding)
-    strata, found = np.array([prompt.stratum for prompt in asked]), {}
+    numbers = whole.index.numpy(force=True)  # [B] in the prompt table
+    prompts = [table[i] for i in numbers]
+    strata = np.array([prompt.stratum for prompt in prompts])  # the desk's label
+    verbose, concise = kinds(auditor.desk, whole, prompts, auditor.config.verbose_padding)
+    compared: dict[str, Facts] = {}
     if verbose.any() and concise.any():
-        found = three_facts(whole, verbose, concise, rng=rng, strata=strata, parts=parts)
+        compared = three_facts(
+            whole, verbose, concise, rng=rng, strata=strata, parts=_parts(batches)
+        )
+
     out: dict[str, dict[str, Any]] = {}
     for name in map(str, np.unique(strata)):
-        numbers = np.unique(whole.index.numpy(force=True)[strata == name])
-        phrase = interval(auditor.matched_gaps([table[i] for i in numbers]), rng)
-        facts = found.get(name)
-        later = (False, False) if facts is None else facts.holds[1:]
-        out[name] = {} if facts is None else asdict(facts)
-        out[name] |= {"holds": [phrase.low > 0, *later], "prompts": len(numbers)}
-        for kind, rows in (("n_verbose", verbose), ("n_concise", concise)):
-            out[name][kind] = int((rows.numpy() & (strata == name)).sum())
-        out[name]["intervals"] = _listed(facts) | {"phrase": {"gap": list(phrase)}}
+        here = strata == name
+        asked = np.unique(numbers[here])  # a phrase is tried once on each prompt
+        phrase = bootstrap_mean(auditor.matched_gaps([table[i] for i in asked]), rng)
+        told = _told(compared.get(name))
+        told["holds"] = [phrase.low > 0, *told["holds"]]
+        told["prompts"] = len(asked)
+        told["n_verbose"] = int((verbose.numpy() & here).sum())
+        told["n_concise"] = int((concise.numpy() & here).sum())
+        told["intervals"]["phrase"] = {"gap": list(phrase)}
+        out[name] = told
     return out
 
 
-def _listed(facts: Facts | None) -> dict[str, dict[str, list[float]]]:
-    """The intervals as plain lists, [mean, low, high]."""
+def _parts(batches: Sequence[tuple[Rollout, Convention]]) -> AdvantageParts:
+    """What made the advantages of all batches, one below the other."""
+    splits = [vars(split(rollout, convention)) for rollout, convention in batches]
+    known = [name for name, part in splits[0].items() if part is not None]
+    return AdvantageParts(**{name: torch.cat([each[name] for each in splits]) for name in known})
+
+
+def _told(facts: Facts | None) -> dict[str, Any]:
+    """A stratum's facts as plain values, an interval as [mean, low, high]; "holds": (b) and (c)."""
     if facts is None:
-        return {}
-    return {q: {k: list(x) for k, x in kinds.items()} for q, kinds in facts.intervals.items()}
+        return {"holds": [False, False], "intervals": {}}
+    told = asdict(facts)
+    told["holds"] = list(facts.holds[1:])
+    told["intervals"] = {
+        quantity: {group: list(found) for group, found in groups.items()}
+        for quantity, groups in facts.intervals.items()
+    }
+    return told

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from minirlhf.audit.config import AuditConfig
-from minirlhf.config import PPOConfig
+from minirlhf.config import PPOConfig, RewardConfig, SFTConfig
 from minirlhf.desk.config import PreferenceConfig
-from minirlhf.reward import RewardConfig
-from minirlhf.sft import SFTConfig
 
 Config = TypeVar("Config", "DriftConfig", SFTConfig, PreferenceConfig, RewardConfig, AuditConfig)
 
@@ -47,8 +45,12 @@ class DriftConfig:
     def of(cls, values: Mapping[str, Any]) -> "DriftConfig":
         """The settings that a summary or config.json holds as plain values."""
         usual = cls()
-        parts = {k: type(getattr(usual, k))(**v) for k, v in values.items() if isinstance(v, dict)}
-        return cls(**{**values, **parts, "log_batches": tuple(values["log_batches"])})
+        settings = dict(values)
+        for name, value in values.items():
+            if isinstance(value, dict):  # the settings of a stage
+                settings[name] = type(getattr(usual, name))(**value)
+        settings["log_batches"] = tuple(values["log_batches"])  # JSON knows lists alone
+        return cls(**settings)
 
     def quick(self) -> "DriftConfig":
         """The same run made small: seconds instead of a minute, for a look and for tests."""
@@ -70,4 +72,5 @@ class DriftConfig:
 
 def at_most(part: Config, **limits: int) -> Config:
     """The same settings, none of the named ones above its limit."""
-    return replace(part, **{name: min(getattr(part, name), top) for name, top in limits.items()})
+    smaller = {name: min(getattr(part, name), top) for name, top in limits.items()}
+    return replace(part, **smaller)

@@ -18,17 +18,18 @@ from minirlhf.checkpoints import load_model, load_rollout, reward_from
 from minirlhf.desk.world import Desk, Prompt
 from minirlhf.drift.config import DriftConfig
 from minirlhf.drift.run import Drift
-from minirlhf.engine.files import (
-    data_folder,
-    load_tensors,
-    read_json,
-)
+from minirlhf.engine.files import data_folder, load_tensors, read_json
 from minirlhf.model import Transformer
 from minirlhf.ppo import PPO
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import Rollout
 
 DIALS = (0.0, 0.02, 0.035, 0.0455, 0.06, 0.08)  # length bias, points a token; 0.0455 is default
+
+
+def dial_file(dial: float) -> str:
+    """The name of the reward model of a length-bias dial, which counts in ten-thousandths."""
+    return f"reward_bias_{round(10_000 * dial):04d}.safetensors"
 
 
 class Shipped:
@@ -106,11 +107,6 @@ class Shipped:
         """PPO steps with a shipped batch."""
         return _numbers(self.folder / "rollouts", "step_")
 
-    @property
-    def before_steps(self) -> list[int]:
-        """PPO steps before which the run is shipped."""
-        return _numbers(self.folder / "before", "step_")
-
     @cached_property
     def reference(self) -> Transformer:
         """The reference: what PPO started from."""
@@ -125,14 +121,16 @@ class Shipped:
 
     def reward_model(self, dial: float | None = None) -> RewardModel:
         """The reward model of a length-bias dial (None: the default's), on its scale."""
-        default: float = self.summary["config"]["preferences"]["length_bias"]
-        dial = default if dial is None else dial
-        path = self.folder / f"reward_bias_{round(10_000 * dial):04d}.safetensors"
-        return reward_from(*load_tensors(path), self.desk.vocabulary.fingerprint, path)
+        if dial is None:
+            dial = self.config.preferences.length_bias
+        path = self.folder / dial_file(dial)
+        tensors, meta = load_tensors(path)
+        return reward_from(tensors, meta, self.desk.vocabulary.fingerprint, path)
 
     def rollout(self, step: int) -> Rollout:
         """The batch that PPO learnt from in `step`."""
-        return load_rollout(self.folder / "rollouts" / f"step_{step:03d}.safetensors")[0]
+        rollout, _ = load_rollout(self.folder / "rollouts" / f"step_{step:03d}.safetensors")
+        return rollout
 
     def prompts(self) -> list[Prompt]:
         """The prompt table of the run, into which every batch's `index` points."""
@@ -154,9 +152,8 @@ class Shipped:
             self.config.ppo,
             eos=self.desk.vocabulary.eos,
         )
-        run.load_state_dict(
-            load_tensors(self.folder / "before" / f"step_{step:03d}.safetensors")[0]
-        )
+        state, _ = load_tensors(self.folder / "before" / f"step_{step:03d}.safetensors")
+        run.load_state_dict(state)
         return run
 
 

@@ -19,7 +19,7 @@ from minirlhf.desk.preferences import relabel
 from minirlhf.desk.world import Desk
 from minirlhf.drift.batches import clearest
 from minirlhf.drift.config import DriftConfig
-from minirlhf.drift.data import DIALS
+from minirlhf.drift.data import DIALS, dial_file
 from minirlhf.drift.run import Drift
 from minirlhf.drift.stages import Progress
 from minirlhf.engine.files import (
@@ -33,11 +33,12 @@ from minirlhf.engine.files import (
 from minirlhf.reward import RewardModel, train_reward
 
 COMMAND = "minirlhf data"
-
-OURS = ("reward_bias_*.safetensors", "drift/policy_*.safetensors")
-
-OURS += ("rollouts/step_*.safetensors", "before/step_*.safetensors")
-
+OURS = (  # what an earlier build may have left behind under other numbers
+    "reward_bias_*.safetensors",
+    "drift/policy_*.safetensors",
+    "rollouts/step_*.safetensors",
+    "before/step_*.safetensors",
+)
 BATCHES = 3  # the mid-run batch, the one before and the one after
 
 
@@ -52,24 +53,36 @@ def build(
     config = config or DriftConfig()
     desk = Desk.load(folder / "desk.toml")
     with tempfile.TemporaryDirectory() as scratch:
-        out, made = Path(scratch) / "run", Path(scratch) / "data"
+        out = Path(scratch) / "run"
+        made = Path(scratch) / "data"
         run = Drift(config, out, desk=desk, progress=report or (lambda *_: None))
         summary = run.run()
-        write_json(made / "drift" / "summary.json", {**summary, "seconds": {}})
-        timeless = [{k: v for k, v in m.items() if "seconds" not in k} for m in run.metrics]
-        write_table(made / "drift" / "metrics.parquet", timeless)
-        write_table(made / "drift" / "answers.parquet", run.answers)
-        print_ = run.vocabulary.fingerprint
-        save_model(made / "reference.safetensors", run.reference, vocabulary=print_)
-        for path in sorted((out / "policies").glob("*.safetensors")):
-            _copy(path, made / "drift" / path.name.replace("step_", "policy_"))
-        for path in _around(sorted((out / "rollouts").glob("*")), summary["batch"]["step"]):
-            _copy(path, made / "rollouts" / path.name)
-        before = f"before/step_{clearest(run.batches, summary['batch']['steps']):03d}.safetensors"
-        _copy(out / before, made / before)
+        _tables(run, summary, made)
+        _policies_and_batches(run, summary["batch"], out, made)
         _reward_models(run, made, report)
         _replace(made, folder)
     return write_manifest(folder, seed=config.seed)
+
+
+def _tables(run: Drift, summary: Mapping[str, Any], made: Path) -> None:
+    """Summary, metrics and answers, all without times."""
+    timeless = [{k: v for k, v in step.items() if "seconds" not in k} for step in run.metrics]
+    write_json(made / "drift" / "summary.json", {**summary, "seconds": {}})
+    write_table(made / "drift" / "metrics.parquet", timeless)
+    write_table(made / "drift" / "answers.parquet", run.answers)
+
+
+def _policies_and_batches(run: Drift, batch: Mapping[str, Any], out: Path, made: Path) -> None:
+    """The reference and every audited policy; `batch` is mid_run's, and says which batches."""
+    save_model(made / "reference.safetensors", run.reference, vocabulary=run.vocabulary.fingerprint)
+    for path in sorted((out / "policies").glob("*.safetensors")):
+        _copy(path, made / "drift" / path.name.replace("step_", "policy_"))
+    for path in _around(sorted((out / "rollouts").glob("*")), batch["step"]):
+        _copy(path, made / "rollouts" / path.name)
+    # weights and both moments are as large as three policies: one state is enough to take apart
+    step = clearest(run.batches, batch["steps"])
+    before = f"before/step_{step:03d}.safetensors"
+    _copy(out / before, made / before)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -87,32 +100,43 @@ def _replace(made: Path, folder: Path) -> None:
 
 
 def _around(paths: list[Path], step: int) -> list[Path]:
-    at = [path.stem for path in paths].index(f"step_{step:03d}")
-    first = min(max(at - BATCHES // 2, 0), max(len(paths) - BATCHES, 0))
+    """BATCHES of the paths, with that of `step` in the middle where it is not at an end."""
+    middle = [path.stem for path in paths].index(f"step_{step:03d}")
+    latest = max(len(paths) - BATCHES, 0)
+    first = min(max(middle - BATCHES // 2, 0), latest)
     return paths[first : first + BATCHES]
 
 
 def _reward_models(run: Drift, folder: Path, report: Progress | None) -> None:
     """One reward model per dial, trained on the run's own pairs with labels drawn anew."""
-    pairs, config = run.preferences, run.config
-    dials = sorted({*DIALS, config.preferences.length_bias})
-    for done, dial in enumerate(dials):
-        labels = replace(config.preferences, length_bias=dial)
-        rng = np.random.default_rng(run.stream(f"labels {dial}"))
-        if dial == config.preferences.length_bias:
-            model = run.reward_model
-        else:
-            model = RewardModel(copy.deepcopy(run.reference).requires_grad_(True))
-            given = relabel(pairs, labels, rng).train
-            train_reward(model, given, config.reward, generator=run.generator("reward"))
-            seed = run.stream("audit")
-            Auditor(run.desk, run.reference, model, config.audit, seed=seed).calibrate()
-        scale = {"mean": float(model.mean), "sd": float(model.sd)}
-        path = folder / f"reward_bias_{round(10_000 * dial):04d}.safetensors"
-        print_ = run.vocabulary.fingerprint
-        save_model(path, model.trunk, vocabulary=print_, scale=scale, length_bias=dial)
+    usual = run.config.preferences.length_bias
+    dials = sorted({*DIALS, usual})
+    for done, dial in enumerate(dials, 1):
+        model = run.reward_model if dial == usual else _reward_model(run, dial)
+        save_model(
+            folder / dial_file(dial),
+            model.trunk,
+            vocabulary=run.vocabulary.fingerprint,
+            scale={"mean": float(model.mean), "sd": float(model.sd)},
+            length_bias=dial,
+        )
         if report:
-            report("dials", done + 1, len(dials), {"length bias": dial})
+            report("dials", done, len(dials), {"length bias": dial})
+
+
+def _reward_model(run: Drift, dial: float) -> RewardModel:
+    """The run's pairs ranked by labelers with another length bias, and what is learnt of them."""
+    config = run.config
+    rng = np.random.default_rng(run.stream(f"labels {dial}"))
+    labels = replace(config.preferences, length_bias=dial)
+    pairs = relabel(run.preferences, labels, rng).train
+
+    model = RewardModel(copy.deepcopy(run.reference).requires_grad_(True))
+    train_reward(model, pairs, config.reward, generator=run.generator("reward"))
+    # on the scale of the run's own reward model: the reference's answers have mean 0 and sd 1
+    auditor = Auditor(run.desk, run.reference, model, config.audit, seed=run.stream("audit"))
+    auditor.calibrate()
+    return model
 
 
 def ship(tables: Mapping[str, Path], *, command: str, seed: int) -> None:
@@ -131,18 +155,25 @@ def write_manifest(
 
     `made`: command and seed of files that other commands made; of evidence/ what was listed stays.
     """
-    path, by = folder / "MANIFEST.json", {"desk.toml": ("written by hand", seed)}
-    by["seeds.json"] = ("minirlhf seeds", seed)
+    path = folder / "MANIFEST.json"
+    origin = {"desk.toml": ("written by hand", seed), "seeds.json": ("minirlhf seeds", seed)}
     listed = read_json(path)["files"] if path.exists() else {}
-    kept = {k: (v["command"], v["seed"]) for k, v in listed.items() if k.startswith("evidence/")}
-    by |= kept | dict(made or {})
+    for name, entry in listed.items():
+        if name.startswith("evidence/"):
+            origin[name] = (entry["command"], entry["seed"])
+    origin.update(made or {})
+
     files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for file in sorted(each for each in folder.rglob("*") if each.is_file()):
         name = file.relative_to(folder).as_posix()
         if name == "MANIFEST.json" or name.startswith("."):
             continue
-        command, drawn = by.get(name, (COMMAND, seed))
-        facts = {"sha256": sha256(file), "bytes": file.stat().st_size}
-        files[name] = facts | {"seed": drawn, "command": command}
+        command, drawn = origin.get(name, (COMMAND, seed))
+        files[name] = {
+            "sha256": sha256(file),
+            "bytes": file.stat().st_size,
+            "seed": drawn,
+            "command": command,
+        }
     write_json(path, {"files": files})
     return {"files": files}

@@ -77,12 +77,16 @@ class Recipe:
 
     def ppo(self, **changes: Any) -> "Recipe":
         """The same recipe with other PPO settings."""
-        return replace(self, config=replace(self.config, ppo=replace(self.config.ppo, **changes)))
+        ppo = replace(self.config.ppo, **changes)
+        return replace(self, config=replace(self.config, ppo=ppo))
 
     def rule(self, **changes: Any) -> "Recipe":
         """The same recipe with other rules; those that act in turn are added at the end."""
-        turns = {k: (*getattr(self.rules, k), v) for k, v in changes.items() if k in IN_TURN}
-        return replace(self, rules=replace(self.rules, **{**changes, **turns}))
+        new = dict(changes)
+        for name in IN_TURN:
+            if name in changes:
+                new[name] = (*getattr(self.rules, name), changes[name])
+        return replace(self, rules=replace(self.rules, **new))
 
 
 IN_TURN = ("pairs", "scores")
@@ -91,8 +95,10 @@ IN_TURN = ("pairs", "scores")
 def changed(before: Recipe, after: Recipe) -> set[str]:
     """Names of the rules and of the stages of settings ("ppo", "reward", ...) that differ."""
     found = set()
-    for a, b in ((before.rules, after.rules), (before.config, after.config)):
-        found |= {f.name for f in fields(a) if getattr(a, f.name) != getattr(b, f.name)}
+    for old, new in ((before.rules, after.rules), (before.config, after.config)):
+        for part in fields(old):
+            if getattr(old, part.name) != getattr(new, part.name):
+                found.add(part.name)
     return found
 
 
@@ -109,7 +115,9 @@ def described(recipe: Recipe) -> str:
         if isinstance(rule, partial):
             options = {name: told(value) for name, value in rule.keywords.items()}
             return {"rule": told(rule.func), "options": options}
-        return f"{rule.__module__}.{rule.__qualname__}" if callable(rule) else repr(rule)
+        if callable(rule):
+            return f"{rule.__module__}.{rule.__qualname__}"
+        return repr(rule)
 
-    rules = {f.name: told(getattr(recipe.rules, f.name)) for f in fields(recipe.rules)}
+    rules = {joint.name: told(getattr(recipe.rules, joint.name)) for joint in fields(recipe.rules)}
     return fingerprint({"config": asdict(recipe.config), "rules": rules})

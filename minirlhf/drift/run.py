@@ -47,7 +47,8 @@ class Drift(Upstream):
     def run(self) -> dict[str, Any]:
         """All stages, in order; the summary (also written to `out`, beside the tables)."""
         self.prepare()
-        (self.rules.policy or Drift.train_policy)(self)
+        train = self.rules.policy or Drift.train_policy
+        train(self)
         summary = self.summary()
         if self.out is not None:
             write_table(self.out / "metrics.parquet", self.metrics)
@@ -77,8 +78,9 @@ class Drift(Upstream):
         )
 
     def _done(self) -> bool:
-        stop = self.rules.stop is not None and self.metrics and self.rules.stop(self.metrics[-1])
-        return bool(stop) or self.ppo.steps >= self.config.steps
+        if self.rules.stop is not None and self.metrics and self.rules.stop(self.metrics[-1]):
+            return True
+        return self.ppo.steps >= self.config.steps
 
     def train_policy(self) -> None:
         """PPO from where it was saved, or from the reference with its critic fitted."""
@@ -88,16 +90,18 @@ class Drift(Upstream):
             self.audit(self.ppo.policy, 0)
         while not self._done():
             start = time.perf_counter()
-            before = self.ppo.state_dict() if self._logs(self.ppo.steps + 1) else {}
+            logged = self.ppo.steps + 1 in self.config.log_batches
+            before = self.ppo.state_dict() if logged else {}
             metrics, rollout = self.ppo.step()
             self.seconds["ppo"] += time.perf_counter() - start
             self.metrics.append({"step": self.ppo.steps, **metrics})
-            if self._logs(self.ppo.steps):
+            if logged:
                 self._keep(rollout, before)
             self.progress("ppo", self.ppo.steps, self.config.steps, metrics)
             if self.ppo.steps % self.config.audit.every == 0 or self._done():
                 self.audit(self.ppo.policy, self.ppo.steps)
                 self._save_ppo()
+        # a run that was already at its end when it was resumed has audited nothing
         self.ending = self.ending or self.auditor.sample(self.ppo.policy)
 
     def audit(self, policy: Transformer | Sampled, step: int) -> None:
@@ -110,66 +114,73 @@ class Drift(Upstream):
         self.answers += rows
         self.seconds["audit"] += time.perf_counter() - start
         if self.out is not None and made:
-            path = self.out / "policies" / f"step_{step:03d}.safetensors"
+            path = self._numbered("policies", step)
             save_model(path, policy, vocabulary=self.vocabulary.fingerprint)
-
-    def _logs(self, step: int) -> bool:
-        return step in self.config.log_batches
 
     def _keep(self, rollout: Rollout, before: dict[str, Tensor]) -> None:
         """The batch, its facts, and the run as it was when it drew the batch."""
         start = time.perf_counter()
         assert rollout.index is not None
         prompts = [self.prompts[i] for i in rollout.index.tolist()]
+        step = self.ppo.steps
+        beta = float(before["beta"])
         facts = batch_facts(self.auditor, rollout, prompts)
-        self.batches.append({"step": self.ppo.steps, **facts})
-        self.kept[self.ppo.steps] = rollout, float(before["beta"])
+        self.batches.append({"step": step, **facts})
+        self.kept[step] = rollout, beta
         self.seconds["audit"] += time.perf_counter() - start
         if self.out is not None:
-            path = self._logged("rollouts", self.ppo.steps)
-            save_tensors(self._logged("before", self.ppo.steps), before, {"kind": "ppo"})
-            meta = {"step": self.ppo.steps, "beta": float(before["beta"])}
-            save_rollout(path, rollout, **meta, ppo=plain(asdict(self.config.ppo)))
+            save_tensors(self._numbered("before", step), before, {"kind": "ppo"})
+            save_rollout(
+                self._numbered("rollouts", step),
+                rollout,
+                step=step,
+                beta=beta,
+                ppo=plain(asdict(self.config.ppo)),
+            )
 
-    def _logged(self, folder: str, step: int) -> Path:
+    def _numbered(self, folder: str, step: int) -> Path:
         assert self.out is not None
         return self.out / folder / f"step_{step:03d}.safetensors"
 
     def _save_ppo(self) -> None:
         if self.out is None:
             return
-        names = ("history", "metrics", "answers", "batches", "seconds")
-        meta = {"kind": "ppo", **{name: plain(getattr(self, name)) for name in names}}
+        meta: dict[str, Any] = {"kind": "ppo"}
+        for name in ("history", "metrics", "answers", "batches", "seconds"):
+            meta[name] = plain(getattr(self, name))
         save_tensors(self.out / "ppo.safetensors", self.ppo.state_dict(), meta)
 
     def _load_ppo(self) -> None:
-        path = None if self.out is None else self.out / "ppo.safetensors"
-        if path is None or not path.exists():
+        if self.out is None:
+            return
+        path = self.out / "ppo.safetensors"
+        if not path.exists():
             return
         state, meta = load_tensors(path)
         self.ppo.load_state_dict(state)
         for name in ("history", "metrics", "answers", "batches"):
             setattr(self, name, meta[name])
-        self._restore_seconds(meta)
-        for step in (batch["step"] for batch in self.batches):
-            rollout, meta = load_rollout(self._logged("rollouts", step))
-            self.kept[step] = rollout, meta["beta"]
+        self.seconds.update(meta["seconds"])
+        for batch in self.batches:
+            rollout, meta = load_rollout(self._numbered("rollouts", batch["step"]))
+            self.kept[batch["step"]] = rollout, meta["beta"]
 
     # ------------------------------------------------------------------ what came out
     def facts(self) -> dict[str, Any]:
         """The three facts of the batches in the middle of the drift, with intervals."""
-        middle = (self.kept[step] for step in mid_run(self.batches).get("steps", []))
-        batches = [(r, Convention.of(self.config.ppo, beta=beta)) for r, beta in middle]
+        batches = []
+        for step in mid_run(self.batches).get("steps", []):
+            rollout, beta = self.kept[step]
+            batches.append((rollout, Convention.of(self.config.ppo, beta=beta)))
         return pooled_facts(self.auditor, batches, self.prompts, seed=self.stream("facts"))
 
     def summary(self) -> dict[str, Any]:
         """Everything a reader of the run needs, as plain JSON values (nan becomes None)."""
-        seconds = self.seconds | {"total": sum(self.seconds.values())}
         return plain(
             {
                 "seed": self.config.seed,
                 "config": asdict(self.config),
-                "seconds": seconds,
+                "seconds": {**self.seconds, "total": sum(self.seconds.values())},
                 **self.notes,
                 "reference": self.history[0],
                 "final": self.history[-1],

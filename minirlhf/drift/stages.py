@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from minirlhf.audit.auditor import Auditor, answer, judge, texts
 from minirlhf.checkpoints import build_model, reward_from, save_model
 from minirlhf.desk.preferences import Pairs, PreferenceData, make_pairs, raw_bias
-from minirlhf.desk.world import Desk, Prompt
+from minirlhf.desk.world import STRATA, Desk, Prompt
 from minirlhf.drift.config import DriftConfig
 from minirlhf.drift.recipe import Recipe
 from minirlhf.engine.files import StoreError, load_tensors, plain, read_json, write_json
@@ -38,6 +38,9 @@ STAGES = ("sft", "preferences", "reward", "ppo", "audit")
 class Upstream:
     """The stages up to the auditor; prepare() goes through those that are not done yet."""
 
+    prompts: list[Prompt]
+    """PPO's prompt table, which drift/run.py draws: rules may ask for it"""
+
     def __init__(
         self,
         config: DriftConfig,
@@ -51,13 +54,17 @@ class Upstream:
     ):
         """`recipe` adds rules to the settings (drift/recipe.py), whose own settings are not read.
         Raises StoreError if `out` holds another run, or one and resume is False."""
-        self.config, self.out, self.progress = config, out, progress
+        self.config = config
+        self.out = out
+        self.progress = progress
         self.recipe = recipe or Recipe(config)
         self.rules = self.recipe.rules
-        self.device, self.desk = torch.device(device), desk or Desk.load()
+        self.device = torch.device(device)
+        self.desk = desk or Desk.load()
         self.vocabulary = self.desk.vocabulary
+        # the model's context is as long as a prompt and max_response
         if config.ppo.max_new_tokens > self.desk.max_response:
-            raise ValueError(  # the context is as long as a prompt and max_response
+            raise ValueError(
                 f"ppo.max_new_tokens is {config.ppo.max_new_tokens}, but the desk's answers end at "
                 f"{self.desk.max_response} tokens; lower it, or raise max_response in desk.toml"
             )
@@ -67,9 +74,14 @@ class Upstream:
             self._claim(out, resume)
 
     def _claim(self, out: Path, resume: bool) -> None:
-        wanted = {"config": plain(asdict(self.config)), "vocabulary": self.vocabulary.fingerprint}
-        wanted["desk"] = self.desk.fingerprint
-        wanted |= {"remedies": list(self.recipe.names)} if self.recipe.names else {}
+        """Say in `out` whose folder it is, or find that it is this run's."""
+        wanted = {
+            "config": plain(asdict(self.config)),
+            "vocabulary": self.vocabulary.fingerprint,
+            "desk": self.desk.fingerprint,
+        }
+        if self.recipe.names:
+            wanted["remedies"] = list(self.recipe.names)
         path = out / "config.json"
         if path.exists() and not resume:
             raise StoreError(f"{out} already holds a run; add --resume or choose another --out")
@@ -84,10 +96,13 @@ class Upstream:
         """Reference, reward model and auditor: trained, or read from `out`."""
         self.make_reference()
         self.reward_model = self._read_reward("reward") or self._train_reward()
-        start, seed = time.perf_counter(), self.stream("audit")
-        given = (self.desk, self.reference, self.reward_model, self.config.audit)
-        self.auditor = Auditor(*given, seed=seed)
+        start = time.perf_counter()
+        self.auditor = self._auditor(self.reward_model)
         self.seconds["audit"] += time.perf_counter() - start
+
+    def _auditor(self, reward_model: RewardModel) -> Auditor:
+        seed = self.stream("audit")
+        return Auditor(self.desk, self.reference, reward_model, self.config.audit, seed=seed)
 
     def make_reference(self) -> None:
         """The reference alone."""
@@ -103,42 +118,40 @@ class Upstream:
         return torch.Generator().manual_seed(self.stream(name))
 
     def _stage(self, name: str, make: Callable[[], Transformer]) -> Transformer:
-        path = None if self.out is None else self.out / f"{name}.safetensors"
-        if path is not None and path.exists():
+        """The model of this name: read from `out` if it is there, else made and kept there."""
+        vocabulary = self.vocabulary.fingerprint
+        if self.out is None:
+            return make()
+        path = self.out / f"{name}.safetensors"
+        if path.exists():
             tensors, meta = load_tensors(path)
-            self._restore_seconds(meta)
-            model = build_model(tensors, meta, vocabulary=self.vocabulary.fingerprint, source=path)
+            self.seconds.update(meta.get("seconds", {}))  # what was spent before counts
+            model = build_model(tensors, meta, vocabulary=vocabulary, source=path)
             return model.to(self.device)
         model = make()
-        if path is not None:
-            print_ = self.vocabulary.fingerprint
-            save_model(path, model, vocabulary=print_, seconds=self.seconds)
+        save_model(path, model, vocabulary=vocabulary, seconds=self.seconds)
         return model
 
-    def _restore_seconds(self, meta: dict[str, Any]) -> None:
-        self.seconds.update(meta.get("seconds", {}))
-
-    def _report(self, stage: str) -> Callable[[int, int, dict[str, float]], None]:
-        return lambda done, total, metrics: self.progress(stage, done, total, metrics)
-
     def _train_reference(self) -> Transformer:
-        start, desk = time.perf_counter(), self.desk
+        start = time.perf_counter()
+        desk = self.desk
+        vocabulary = desk.vocabulary
         rng = np.random.default_rng(self.stream("demonstrations"))
         prompts = desk.prompts(self.config.sft.demonstrations, rng)
-        ids = [desk.vocabulary.encode(desk.demonstration(p, rng)) for p in prompts]
-        responses, mask = right_pad([[*i, desk.vocabulary.eos] for i in ids], desk.max_response)
-        size = TransformerConfig(len(desk.vocabulary), desk.prompt_width + desk.max_response)
+        answers = [vocabulary.encode(desk.demonstration(prompt, rng)) for prompt in prompts]
+        finished = [[*answer, vocabulary.eos] for answer in answers]
+        responses, mask = right_pad(finished, desk.max_response)
+
+        size = TransformerConfig(len(vocabulary), desk.prompt_width + desk.max_response)
         model = Transformer(size, generator=self.generator("weights")).to(self.device)
-        given = (desk.encode(prompts), responses, mask)
-        asked, said, kept = (t.to(self.device) for t in given)
         train_sft(
             model,
-            asked,
-            said,
-            kept,
+            desk.encode(prompts).to(self.device),
+            responses.to(self.device),
+            mask.to(self.device),
             self.config.sft,
             generator=self.generator("sft"),
-            progress=self._report("sft"),
+            progress=partial(self.progress, "sft"),
         )
         self.seconds["sft"] += time.perf_counter() - start
         return model
@@ -147,32 +160,32 @@ class Upstream:
     def preferences(self) -> PreferenceData:
         """The labelled pairs of this run; half of the answers are the reference's own."""
         start = time.perf_counter()
-        rng, draws = np.random.default_rng(self.stream("pairs")), self.stream("candidates")
+        seed = self.stream("candidates")
 
         def sampler(prompts: Sequence[Prompt]) -> list[str]:
             written: list[str] = []
             for first in range(0, len(prompts), 1024):
                 part = self.desk.encode(prompts[first : first + 1024]).to(self.device)
-                written += texts(self.desk, *answer(self.desk, self.reference, part, draws + first))
+                responses, mask = answer(self.desk, self.reference, part, seed + first)
+                written += texts(self.desk, responses, mask)
                 self.progress("preferences", len(written), len(prompts), {})
             return written
 
+        rng = np.random.default_rng(self.stream("pairs"))
         data = make_pairs(self.desk, self.config.preferences, rng, sampler)
         self.seconds["preferences"] += time.perf_counter() - start
         return data
 
     def _train_reward(self) -> RewardModel:
-        data = self.preferences
-        start, desk = time.perf_counter(), self.desk
-        heldout = data.heldout.to(self.device)
+        """The reward model, and in `notes` what is known of it and its pairs."""
+        data = self.preferences  # made first: it counts its own seconds
+        start = time.perf_counter()
         model = self.fit_reward(data.train, "reward")
-        auditor = Auditor(desk, self.reference, model, self.config.audit, seed=self.stream("audit"))
+        auditor = self._auditor(model)
         auditor.calibrate()
-        self.notes = {"raw_pairs": raw_bias(data.train), "reward_model": judge(model, heldout)}
-        probes = {s: [p for p, m in zip(auditor.probes, auditor.stratum == s, strict=True) if m]
-                  for s in ("brief", "detailed")}  # fmt: skip
-        gaps = {s: float(auditor.matched_gaps(p).mean()) for s, p in probes.items() if p}
-        self.notes["reward_model"]["matched_gap_sd"] = gaps
+        judged = judge(model, data.heldout.to(self.device))
+        self.notes["raw_pairs"] = raw_bias(data.train)
+        self.notes["reward_model"] = {**judged, "matched_gap_sd": matched_gaps(auditor)}
         self.seconds["reward"] += time.perf_counter() - start
         self._write_reward(model, "reward", plain(self.notes))
         return model
@@ -186,9 +199,13 @@ class Upstream:
     def fit_reward(self, pairs: Pairs, name: str) -> RewardModel:
         """A reward model of the pairs, after the rules, with the stage's own stream; no scale."""
         model = RewardModel(copy.deepcopy(self.reference).requires_grad_(True)).to(self.device)
-        given = (model, self.ruled(pairs).to(self.device), self.config.reward)
-        report = self._report("reward")
-        self.rules.fit(*given, generator=self.generator(name), progress=report)
+        self.rules.fit(
+            model,
+            self.ruled(pairs).to(self.device),
+            self.config.reward,
+            generator=self.generator(name),
+            progress=partial(self.progress, "reward"),
+        )
         return model
 
     def member(self, number: int) -> RewardModel:
@@ -196,8 +213,10 @@ class Upstream:
         name = f"member_{number}"
         if (found := self._read_reward(name)) is not None:
             return found
-        train, rng = self.preferences.train, np.random.default_rng(self.stream(name))
-        model = self.fit_reward(train.select(rng.integers(len(train), size=len(train))), name)
+        train = self.preferences.train
+        rng = np.random.default_rng(self.stream(name))
+        resampled = train.select(rng.integers(len(train), size=len(train)))
+        model = self.fit_reward(resampled, name)
         self.auditor.calibrate(model)
         self._write_reward(model, name, {})
         return model
@@ -205,25 +224,37 @@ class Upstream:
     def _write_reward(self, model: RewardModel, name: str, notes: dict[str, Any]) -> None:
         if self.out is None:
             return
-        scale = {"mean": float(model.mean), "sd": float(model.sd)}
         save_model(
             self.out / f"{name}.safetensors",
             model.trunk,
             vocabulary=self.vocabulary.fingerprint,
-            scale=scale,
+            scale={"mean": float(model.mean), "sd": float(model.sd)},
             notes=notes,
             seconds=self.seconds,
         )
 
     def _read_reward(self, name: str) -> RewardModel | None:
-        path = None if self.out is None else self.out / f"{name}.safetensors"
-        if path is None or not path.exists():
+        if self.out is None:
+            return None
+        path = self.out / f"{name}.safetensors"
+        if not path.exists():
             return None
         tensors, meta = load_tensors(path)
-        self.notes = meta["notes"] or self.notes
-        self._restore_seconds(meta)
+        self.notes = meta["notes"] or self.notes  # a further member has none
+        self.seconds.update(meta.get("seconds", {}))
         return reward_from(tensors, meta, self.vocabulary.fingerprint, path).to(self.device)
 
     def prompt_table(self) -> list[Prompt]:
         """The customers' prompts that PPO draws from."""
-        return self.desk.prompts(self.config.prompts, np.random.default_rng(self.stream("prompts")))
+        rng = np.random.default_rng(self.stream("prompts"))
+        return self.desk.prompts(self.config.prompts, rng)
+
+
+def matched_gaps(auditor: Auditor) -> dict[str, float]:
+    """What one courtesy phrase adds to the score of a concise answer, reward sd, by stratum."""
+    gaps = {}
+    for stratum in STRATA:
+        probes = [auditor.probes[row] for row in np.flatnonzero(auditor.stratum == stratum)]
+        if probes:
+            gaps[stratum] = float(auditor.matched_gaps(probes).mean())
+    return gaps

@@ -19,7 +19,9 @@ def learning_rate(peak: float, step: int, total: int) -> float:
     lr, whatever the gradient, and would undo it.
     """
     warm_up = max(1, total // 10)
-    return peak * min((step + 1) / warm_up, (total - step) / (total - warm_up + 1))
+    rising = (step + 1) / warm_up
+    falling = (total - step) / (total - warm_up + 1)
+    return peak * min(rising, falling)
 
 
 class FlatAdamW:
@@ -34,16 +36,25 @@ class FlatAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.steps = 0
+
         parameters = list(model.parameters())
-        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.flat = torch.cat([p.detach().flatten() for p in parameters])
         self.grad = torch.zeros_like(self.flat)
-        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
-        self.steps, end = 0, 0
+        self.mean = torch.zeros_like(self.flat)  # of gradients: the first moment m
+        self.square = torch.zeros_like(self.flat)  # of their squares: the second, v
+
+        # from here on the model computes with windows into the two vectors
+        start = 0
         for p in parameters:
-            start, end = end, end + p.numel()
-            p.data = self.flat[start:end].view_as(p)
-            p.grad = self.grad[start:end].view_as(p)
+            window = slice(start, start + p.numel())
+            p.data = self.flat[window].view_as(p)
+            p.grad = self.grad[window].view_as(p)
+            start = window.stop
 
     def zero_grad(self) -> None:
         """Clear the gradients in place; backward() then adds into the flat vector."""
@@ -53,7 +64,9 @@ class FlatAdamW:
         """Scale the gradient down to max_norm if it is longer (None: never); its norm before."""
         norm = self.grad.norm()
         if max_norm is not None:
-            self.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            # 1e-6 as in torch's clip_grad_norm_; a tensor, so that nothing waits for its value
+            shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            self.grad.mul_(shrink)
         return norm
 
     @torch.no_grad()
@@ -62,17 +75,24 @@ class FlatAdamW:
         self.steps += 1
         b1, b2 = self.betas
         self.mean.lerp_(self.grad, 1 - b1)
-        self.square.mul_(b2).addcmul_(self.grad, self.grad, value=1 - b2)
+        self.square.mul_(b2)
+        self.square.addcmul_(self.grad, self.grad, value=1 - b2)
+        # both moments began at 0 and are too small by these factors (Kingma and Ba, section 3)
         scale = self.lr / (1 - b1**self.steps)
-        denominator = (self.square / (1 - b2**self.steps)).sqrt_().add_(self.eps)
+        denominator = (self.square / (1 - b2**self.steps)).sqrt_()
+        denominator.add_(self.eps)
+        # decay apart from the gradient, so that Adam does not rescale it: the W of AdamW
         if self.weight_decay:
             self.flat.mul_(1 - self.lr * self.weight_decay)
         self.flat.addcdiv_(self.mean, denominator, value=-scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and step count, as tensors (for safetensors)."""
-        steps = torch.tensor(self.steps)
-        return {"mean": self.mean.clone(), "square": self.square.clone(), "steps": steps}
+        return {
+            "mean": self.mean.clone(),
+            "square": self.square.clone(),
+            "steps": torch.tensor(self.steps),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what state_dict() gave; later steps are then equal bit for bit."""

@@ -39,11 +39,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> Path:
         scratch.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        blocked = isinstance(error, FileExistsError | NotADirectoryError)
-        todo = "a file stands where a folder is needed, so" if blocked else "free some space or"
+        todo = "free some space or"
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            todo = "a file stands where a folder is needed, so"
         # safetensors gives the number as text
         full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in reason
-        raise (DiskFull if full else StoreError)(
+        kind = DiskFull if full else StoreError
+        raise kind(
             f"cannot write {path}: {reason}; {todo} choose another folder "
             "(an earlier version of the file is untouched)"
         ) from error
@@ -62,12 +64,16 @@ def write_text(path: Path, text: str) -> Path:
 def plain(value: Any) -> Any:
     """JSON values only: numpy scalars as Python's, tuples and sets as lists, nan as None."""
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | frozenset):
-        return [plain(v) for v in (sorted(value) if isinstance(value, frozenset) else value)]
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, frozenset):
+        value = sorted(value)  # a set has no order of its own, and files are compared
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
     if isinstance(value, np.generic):
         value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    if isinstance(value, float) and not np.isfinite(value):
+        return None  # JSON has no NaN
+    return value
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -95,17 +101,19 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write tensors and a JSON-able description as one safetensors file."""
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    # cloned, for safetensors refuses tensors that share memory, as the views of one vector do
+    alone = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     notes = {"minirlhf": json.dumps(dict(meta))}
-    return write_atomic(path, lambda p: save_file(plain, p, metadata=notes))
+    return write_atomic(path, lambda p: save_file(alone, p, metadata=notes))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what save_tensors() wrote. Raises StoreError if missing, truncated or foreign."""
     try:
         with safe_open(Path(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("minirlhf", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+            notes = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(notes.get("minirlhf", "{}"))
     except FileNotFoundError as error:
         raise StoreError(f"no file {path}: check the path or make it anew") from error
     except (SafetensorError, OSError, ValueError) as error:

@@ -27,7 +27,8 @@ def percentile(value: float, draws: np.ndarray, coverage: float = 0.95) -> Inter
     known = draws[np.isfinite(draws)]
     if not len(known):
         return Interval(value, np.nan, np.nan)
-    low, high = np.quantile(known, [(1 - coverage) / 2, (1 + coverage) / 2])
+    tail = (1 - coverage) / 2
+    low, high = np.quantile(known, [tail, (1 + coverage) / 2])
     return Interval(value, float(low), float(high))
 
 
@@ -45,22 +46,15 @@ def bootstrap_mean(
     mean = float(np.mean(values))
     if len(values) < fewest:
         return Interval(mean, np.nan, np.nan)
-    means = rng.choice(values, (draws, len(values))).mean(1)
-    return percentile(mean, means, coverage)
+    resampled = rng.choice(values, (draws, len(values)))
+    return percentile(mean, resampled.mean(1), coverage)
 
 
 def student_t(values: np.ndarray, coverage: float = 0.95) -> Interval:
     """Mean of the values [N] that are known, with Student's t interval (nan limits if N < 2)."""
-    from scipy import stats  # costs 0.7 s: only where a table of runs is made
-
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return Interval(np.nan, np.nan, np.nan)
-    mean = float(known.mean())
-    if len(known) < 2:
-        return Interval(mean, np.nan, np.nan)
-    half = stats.t.ppf((1 + coverage) / 2, len(known) - 1) * stats.sem(known)
-    return Interval(mean, float(mean - half), float(mean + half))
+    rows = student_t_rows(values[None], coverage, fewest=2)
+    mean, low, high = np.stack(rows)[:, 0].tolist()
+    return Interval(mean, low, high)
 
 
 def student_t_rows(values: np.ndarray, coverage: float = 0.95, *, fewest: int = 3) -> Interval:
@@ -69,11 +63,13 @@ def student_t_rows(values: np.ndarray, coverage: float = 0.95, *, fewest: int = 
     For a band over many steps: rows with fewer than `fewest` known values have no limits, where
     they would fill the picture and say nothing.
     """
-    from scipy import stats
+    from scipy import stats  # costs 0.7 s: only where a table of runs is made
 
     n = (~np.isnan(values)).sum(1)
-    mean = np.nanmean(values, 1)
-    error = np.nanstd(values, 1) / np.sqrt(np.maximum(n - 1, 1))
-    error = np.where(n >= fewest, error, np.nan)
-    half = stats.t.ppf((1 + coverage) / 2, np.maximum(n - 1, 1)) * error
+    mean = np.nansum(values, 1) / np.where(n > 0, n, np.nan)
+    freedom = np.maximum(n - 1, 1)
+    variance = np.nansum((values - mean[:, None]) ** 2, 1) / freedom
+    error = np.sqrt(variance) / np.sqrt(np.maximum(n, 1))  # of the mean
+    half = stats.t.ppf((1 + coverage) / 2, freedom) * error
+    half = np.where(n >= fewest, half, np.nan)
     return Interval(mean, mean - half, mean + half)

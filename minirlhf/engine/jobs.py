@@ -1,4 +1,4 @@
-"""Many independent jobs: on this machine's cores, on a dask cluster or on ray, through joblib.
+"""Many independent jobs: on this machine's cores through joblib, or on a dask cluster.
 
 A job is a function of a module (workers import it by name) with arguments; it returns something
 that JSON can hold. Its result lies in a file of its own as soon as it is there, so whatever ends a
@@ -10,25 +10,23 @@ Left out: starting a cluster (give the address of one that runs), order and prio
 """
 
 import asyncio
-import importlib
 import json
 import logging
 import re
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from joblib import Parallel, delayed, parallel_config
 
 from minirlhf.engine import compute, files
+from minirlhf.engine.workers import Workers, available
 
-Backend = Literal["sequential", "loky", "dask", "ray"]
 Report = Callable[[str, int, int], None]
 Tasks = Mapping[str, tuple[Callable[..., Any], tuple]]
 SECONDS = 5  # in which a scheduler answers, or there is none
@@ -40,31 +38,6 @@ class JobsFailed(RuntimeError):
 
 class NoWorkers(RuntimeError):
     """Nobody to run the jobs: a scheduler that does not answer, or a missing package."""
-
-
-@dataclass(frozen=True)
-class Workers:
-    """How jobs are run."""
-
-    backend: Backend = "loky"
-    """sequential: in this process; loky: this machine's cores; dask, ray: a cluster."""
-    jobs: int = 0
-    """Processes at once; 0 = one a core, with dask and ray as many as the cluster has."""
-    address: str | None = None
-    """Of a running scheduler, as tcp://10.0.0.1:8786; dask needs it, ray may start one here."""
-    retries: int = 2
-    """How often a job that fails is run again."""
-
-    def __post_init__(self) -> None:
-        if self.backend not in get_args(Backend):
-            raise ValueError(f"unknown backend {self.backend!r}; one of {get_args(Backend)}")
-        if self.jobs < 0 or self.retries < 0:
-            raise ValueError(f"jobs = {self.jobs}, retries = {self.retries}: give 0 or more")
-        if self.backend == "dask" and not self.address:
-            raise ValueError(
-                "the dask backend needs the address of a running scheduler, as in "
-                "tcp://127.0.0.1:8786; start one with `dask scheduler`, or use the loky backend"
-            )
 
 
 def run_jobs(
@@ -83,12 +56,13 @@ def run_jobs(
     _check_keys(tasks)
     run = _Run(tasks, Path(folder), workers.retries, report)
     if run.todo():
-        with {"dask": _dask, "ray": _ray}.get(workers.backend, _local)(workers) as pool:
+        connect = _dask if workers.backend == "dask" else _local
+        with connect(workers, tasks) as outcomes:
             while todo := run.todo():
                 alone = [key for key in todo if run.is_last_try_of_a_suspect(key)]
-                run.round([key for key in todo if key not in alone], pool)
+                run.take(outcomes([key for key in todo if key not in alone]))
                 for key in alone:
-                    run.round([key], pool)
+                    run.take(outcomes([key]))
     run.check()
     return dict(sorted(run.results.items()))
 
@@ -108,9 +82,15 @@ def _check_keys(tasks: Tasks) -> None:
 
 
 class _Outcome(NamedTuple):
+    """Of one try of one job."""
+
     key: str
     result: Any = None
     error: str | None = None
+    in_company: bool = False  # its worker died, perhaps of another job
+
+
+Outcomes = Callable[[Sequence[str]], Generator[_Outcome, None, None]]  # each of these keys once
 
 
 def _attempt(key: str, function: Callable[..., Any], args: tuple) -> _Outcome:
@@ -128,26 +108,14 @@ def _sentence(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-class _Pool(NamedTuple):
-    """A joblib backend that is connected, and what it needs to be told."""
-
-    jobs: int
-    under_way: str = "n_jobs"  # few at a time: what a dying worker can take along
-    at_once: int = 0  # jobs a call; 0: all of them
-    check: Callable[[], None] = lambda: None  # raises NoWorkers when the cluster is gone
-
-    def outcomes(self, calls: Iterator[Any]) -> Generator[_Outcome, None, None]:
-        how = {"return_as": "list" if self.at_once else "generator_unordered", "batch_size": 1}
-        parts = iter(lambda: list(islice(calls, self.at_once)), []) if self.at_once else [calls]
-        for part in parts:
-            yield from Parallel(self.jobs, pre_dispatch=self.under_way, **how)(part)  # type: ignore
-
-
 class _Run:
     """What is done, what failed how often, and what is still to do."""
 
     def __init__(self, tasks: Tasks, folder: Path, retries: int, report: Report) -> None:
-        self.tasks, self.folder, self.retries, self.report = tasks, folder, retries, report
+        self.tasks = tasks
+        self.folder = folder
+        self.retries = retries
+        self.report = report
         self.results: dict[str, Any] = {}
         self.tries: Counter[str] = Counter()
         self.errors: dict[str, str] = {}
@@ -169,6 +137,30 @@ class _Run:
     def is_last_try_of_a_suspect(self, key: str) -> bool:
         return key in self.suspects and self.tries[key] >= self.retries
 
+    def take(self, outcomes: Generator[_Outcome, None, None]) -> None:
+        """Each as it comes: a result into its file, an error into the count of tries."""
+        with warnings.catch_warnings(), closing(outcomes):
+            # joblib's advice where it is stopped in the middle
+            warnings.filterwarnings("ignore", r"\d+ tasks ", UserWarning)
+            for outcome in outcomes:
+                if outcome.error is None:
+                    files.write_json(self.folder / f"{outcome.key}.json", outcome.result)
+                    self.results[outcome.key] = outcome.result
+                    self._say(outcome.key)
+                else:
+                    self._failed(outcome.key, outcome.error, outcome.in_company)
+
+    def _failed(self, key: str, error: str, in_company: bool) -> None:
+        if error.startswith("DiskFull: "):  # neither this job nor another one can be written
+            raise files.DiskFull(error.removeprefix("DiskFull: ").rpartition(" (")[0])
+        if in_company:  # perhaps another's fault, so this was not its last try
+            self.suspects.add(key)
+            self.tries[key] = min(self.tries[key], self.retries - 1)
+        self.tries[key] += 1
+        self.errors[key] = error
+        then = "it is run again" if self.tries[key] <= self.retries else "that was its last try"
+        self._say(f"{key} failed ({error}); {then}")
+
     def check(self) -> None:
         """Raises JobsFailed."""
         if keys := [key for key in self.tasks if key not in self.results]:
@@ -179,88 +171,74 @@ class _Run:
                 f"{more}); the others are kept in {self.folder}, run it again to try these anew"
             )
 
-    def round(self, keys: list[str], pool: _Pool) -> None:
-        """Each of these once, the results written as they come."""
-        under_way: list[str] = []
+
+@contextmanager
+def _local(workers: Workers, tasks: Tasks) -> Iterator[Outcomes]:
+    """In processes of joblib's on this machine, or in this one."""
+    one = workers.backend == "sequential"
+    jobs = 1 if one else workers.jobs or available()
+
+    def outcomes(keys: Sequence[str]) -> Generator[_Outcome, None, None]:
+        under_way: list[str] = []  # few at a time: what a dying worker can take along
 
         def calls() -> Iterator[Any]:
             for key in keys:
                 under_way.append(key)
-                yield delayed(_attempt)(key, *self.tasks[key])
+                yield delayed(_attempt)(key, *tasks[key])
 
-        with warnings.catch_warnings(), closing(pool.outcomes(calls())) as outcomes:
-            # joblib's advice where a round ends early
-            warnings.filterwarnings("ignore", r"\d+ tasks ", UserWarning)
-            while True:
-                try:
-                    outcome = next(outcomes, None)
-                except Exception as error:  # joblib gave up: a worker died
-                    pool.check()
-                    return self._broken(under_way, error)
-                if outcome is None:
-                    return None
-                under_way.remove(outcome.key)
-                if outcome.error is None:
-                    files.write_json(self.folder / f"{outcome.key}.json", outcome.result)
-                    self.results[outcome.key] = outcome.result
-                    self._say(outcome.key)
-                else:
-                    pool.check()
-                    self._failed(outcome.key, outcome.error)
+        how: Any = {"return_as": "generator_unordered", "pre_dispatch": "n_jobs", "batch_size": 1}
+        try:
+            parallel: Any = Parallel(jobs, **how)
+            with closing(parallel(calls())) as found:
+                for outcome in found:
+                    under_way.remove(outcome.key)
+                    yield outcome
+        except Exception as error:  # joblib gives up all of them where a worker dies
+            if not under_way:
+                raise
+            for key in under_way:
+                yield _Outcome(key, error=_sentence(error), in_company=len(under_way) > 1)
 
-    def _failed(self, key: str, error: str) -> None:
-        if error.startswith("DiskFull: "):  # neither this job nor another one can be written
-            raise files.DiskFull(error.removeprefix("DiskFull: ").rpartition(" (")[0])
-        self.tries[key] += 1
-        self.errors[key] = error
-        then = "it is run again" if self.tries[key] <= self.retries else "that was its last try"
-        self._say(f"{key} failed ({error}); {then}")
-
-    def _broken(self, keys: list[str], error: Exception) -> None:
-        if not keys:
-            raise error
-        for key in keys:
-            self.suspects.add(key)
-            if len(keys) > 1:  # perhaps another's fault: not its last try
-                self.tries[key] = min(self.tries[key], self.retries - 1)
-            self._failed(key, _sentence(error))
-
-
-def _module(name: str, backend: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise NoWorkers(
-            f"the {backend} backend needs the package {name}, which cannot be imported: "
-            f"pip install 'minirlhf[{backend}]', or use the loky backend"
-        ) from error
-
-
-@contextmanager
-def _local(workers: Workers) -> Iterator[_Pool]:
-    one = workers.backend == "sequential"
     with parallel_config(workers.backend, inner_max_num_threads=None if one else 1):
-        yield _Pool(1 if one else workers.jobs or compute.available())
+        yield outcomes
 
 
 @contextmanager
-def _dask(workers: Workers) -> Iterator[_Pool]:
-    where = f"dask scheduler at {workers.address}"
-    distributed = _module("distributed", "dask")
-    for name in ("distributed", "tornado", "asyncio"):  # they print what is said here in a sentence
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        asyncio.run(_knock(str(workers.address)))  # a client that fails to connect closes noisily
-        client = distributed.Client(workers.address, timeout=SECONDS, set_as_default=False)
-    except Exception as error:  # whatever answers at that address may speak another language
-        raise NoWorkers(
-            f"cannot reach a {where}: start one with `dask scheduler` and workers with "
-            f"`dask worker {workers.address}`, or use the loky backend"
-        ) from error
+def _dask(workers: Workers, tasks: Tasks) -> Iterator[Outcomes]:
+    """On the workers of a running scheduler; when the client closes, what it asked for is dropped.
 
-    def check() -> None:
-        if client.status != "running":
-            raise NoWorkers(f"lost the {where}; what is done is kept, run it again to go on")
+    A failed job is submitted again by us. distributed's own `retries` would do it unseen (nobody
+    could report each failure), and leaves out the deaths of workers, which it repeats itself, as
+    often as the scheduler's `allowed-failures` says, before it raises KilledWorker: that is a try.
+    """
+    client = _client(str(workers.address))
+    import distributed  # an extra, which _client found
+
+    where = f"dask scheduler at {workers.address}"
+
+    def outcomes(keys: Sequence[str]) -> Generator[_Outcome, None, None]:
+        waiting = iter(keys)
+        names: dict[distributed.Future, str] = {}  # of what is under way
+        ended = distributed.as_completed(loop=client.loop)
+
+        def submit(count: int) -> None:
+            for key in islice(waiting, count):
+                future = client.submit(_attempt, key, *tasks[key], pure=False)
+                names[future] = key
+                ended.add(future)
+
+        submit(workers.jobs or len(keys))  # without a limit the scheduler keeps the queue
+        for future in ended:
+            key = names.pop(future)
+            try:
+                outcome = future.result()  # the job's own error is a result, too
+            except Exception as error:  # its worker died, or nobody is there any more
+                if client.status != "running":
+                    what = "what is done is kept, run it again to go on"
+                    raise NoWorkers(f"lost the {where}; {what}") from error
+                outcome = _Outcome(key, error=_sentence(error), in_company=len(keys) > 1)
+            yield outcome
+            submit(1)
 
     with client:
         try:
@@ -269,8 +247,29 @@ def _dask(workers: Workers) -> Iterator[_Pool]:
             raise NoWorkers(
                 f"the {where} has no workers: start some with `dask worker {workers.address}`"
             ) from error
-        with parallel_config(_dask_backend(client)):
-            yield _Pool(-1, str(workers.jobs or "n_jobs"), check=check)
+        yield outcomes
+
+
+def _client(address: str) -> Any:
+    """Of the scheduler at this address. Raises NoWorkers where none answers."""
+    try:
+        import distributed
+    except ImportError as error:
+        raise NoWorkers(
+            "the dask backend needs the package distributed, which cannot be imported: "
+            "pip install 'minirlhf[dask]', or use the loky backend"
+        ) from error
+    # what these print is said here in a sentence
+    for name in ("distributed", "distributed.client", "tornado", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        asyncio.run(_knock(address))  # a client that fails to connect closes noisily
+        return distributed.Client(address, timeout=SECONDS, set_as_default=False)
+    except Exception as error:  # whatever answers at that address may speak another language
+        raise NoWorkers(
+            f"cannot reach a dask scheduler at {address}: start one with `dask scheduler` and "
+            f"workers with `dask worker {address}`, or use the loky backend"
+        ) from error
 
 
 async def _knock(address: str) -> None:
@@ -279,50 +278,3 @@ async def _knock(address: str) -> None:
 
     async with rpc(address) as scheduler:
         await asyncio.wait_for(scheduler.identity(), SECONDS)
-
-
-def _dask_backend(client: Any) -> Any:
-    """joblib's, with two corrections (of 1.6)."""
-    from joblib._dask import DaskDistributedBackend
-
-    class Backend(DaskDistributedBackend):
-        def effective_n_jobs(self, n_jobs: int) -> int:
-            # where the cluster has one core, joblib would run all jobs in the calling process
-            return max(2, super().effective_n_jobs(n_jobs))
-
-        def submit(self, func: Any, callback: Any = None) -> Any:
-            # joblib would wait for ever for a job whose worker died; this makes it a failed try
-            key = func.items[0][1][0]
-
-            def arrived(out: Any) -> None:
-                lost = isinstance(out, BaseException)
-                error = _sentence(out.__cause__ or out) if lost else None
-                callback([_Outcome(key, error=error)] if lost else out)
-
-            future = super().submit(func, arrived)
-            future.add_done_callback(lambda f: arrived(f.exception()) if f.exception() else None)
-            return future
-
-    return Backend(client=client)
-
-
-@contextmanager
-def _ray(workers: Workers) -> Iterator[_Pool]:
-    ray = _module("ray", "ray")
-    _module("ray.util.joblib", "ray").register_ray()
-    ours = not ray.is_initialized()
-    try:
-        ray.init(workers.address, ignore_reinit_error=True, log_to_driver=False)
-    except Exception as error:  # ray raises that very class
-        raise NoWorkers(
-            f"cannot reach a ray cluster at {workers.address}: start one with `ray start --head`, "
-            "or use the loky backend"
-        ) from error
-    try:
-        jobs = workers.jobs or int(ray.cluster_resources().get("CPU", 1))
-        with parallel_config("ray"):
-            # joblib's ray backend hands results back when a call ends: one job a core, then write
-            yield _Pool(jobs, at_once=jobs)
-    finally:
-        if ours:
-            ray.shutdown()

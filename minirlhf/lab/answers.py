@@ -41,8 +41,9 @@ def read_answer(desk: Desk, prompt: Prompt, answer: str) -> list[Sentence]:
     said: list[Sentence] = []
     before = ""
     for text in _sentences(answer):
-        alone, so_far = desk.grade(prompt, text), f"{before} {text}".strip()
+        so_far = f"{before} {text}".strip()
         value = next((w for w in text.split() if w in desk.spec.slots[prompt.slot]), "")
+        alone = desk.grade(prompt, text)
         was, now = desk.grade(prompt, before), desk.grade(prompt, so_far)
         if alone.hedged:
             role = "hedges"
@@ -75,7 +76,8 @@ def answer_html(said: Sequence[Sentence], *, finished: bool = True) -> str:
     """Sentences as HTML rows, everything escaped; colours are opaque, for dark themes too."""
     rows = []
     for text, role, value in said:
-        (tint, edge, css, _), words = ROLES[role], []
+        tint, edge, css, _ = ROLES[role]
+        words = []
         for word in text.split():
             shown = html.escape(word)
             words.append(f"<b><u>{shown}</u></b>" if word == value else shown)

@@ -6,7 +6,7 @@ the word, or in a table. Texts of a batch are data: they are escaped, and charac
 sees or that turn the reading order round are shown by their code.
 
 The map brings its own white ground and dark ink, so it reads alike in a light and a dark theme.
-Left out: sorting and choosing answers (batch_table.py), anything that needs JavaScript.
+Left out: sorting and choosing answers (panels/batch_table.py), anything that needs JavaScript.
 
 Sources: Wong (2011, "Points of view: Color blindness", Nature Methods 8) for the palette; WCAG
 2.2, success criteria 1.4.1 (use of colour), 1.4.3 (contrast) and 2.1.1 (keyboard).
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf.autopsy.convention import Convention, demand
+from minirlhf.autopsy.convention import Convention, demand_fields
 from minirlhf.autopsy.parts import AdvantageParts
 from minirlhf.autopsy.pushes import surrogate_slope
 from minirlhf.config import PPOConfig
@@ -106,7 +106,7 @@ def _word(word: str) -> tuple[str, str]:
 def passed_up(rollout: Rollout, *, eos: int = EOS) -> Tensor:
     """Probability [B, T] that the reference would have stopped before a token, where the policy
     went on; 0 elsewhere. Raises ValueError for a batch without ref_eos_logprobs."""
-    demand(rollout, "ref_eos_logprobs")
+    demand_fields(rollout, "ref_eos_logprobs")
     assert rollout.ref_eos_logprobs is not None
     went_on = rollout.mask & (rollout.responses != eos)
     return torch.where(went_on, rollout.ref_eos_logprobs.exp(), 0.0)
@@ -127,9 +127,12 @@ def token_columns(
     told = replace(rollout, advantages=parts.total)
     with torch.enable_grad():  # a slider's callback may come with its gradients switched off
         slope = surrogate_slope(rollout.logprobs if logprobs is None else logprobs, told, config)
-    found = {"log-ratio, nats": rollout.logprobs - rollout.ref_logprobs, "advantage": parts.total}
-    found |= {f"{name} part": x for name, x in vars(parts).items() if x is not None}
-    return found | {"gradient weight, thousandths": 1000 * slope * parts.total}
+    return {
+        "log-ratio, nats": rollout.logprobs - rollout.ref_logprobs,
+        "advantage": parts.total,
+        **{f"{name} part": x for name, x in vars(parts).items() if x is not None},
+        "gradient weight, thousandths": 1000 * slope * parts.total,
+    }
 
 
 def _numbers(name: str, values: Any, mask: np.ndarray) -> np.ndarray:
@@ -168,9 +171,9 @@ def _shown(words: Sequence[Sequence[str]], mask: Any) -> tuple[np.ndarray, list[
 
 def _left_out(mask: np.ndarray, row: int, at: list[int]) -> str:
     rest = int(mask[row].sum()) - len(at)
-    return f" <b>… {rest} more tokens are left out: only the first {len(at)} are shown.</b>" * (
-        rest > 0
-    )
+    if not rest:
+        return ""
+    return f" <b>… {rest} more tokens are left out: only the first {len(at)} are shown.</b>"
 
 
 def heat_map(
@@ -206,9 +209,9 @@ def heat_map(
         spans = _spans(words[row], x[row].tolist(), p[row].tolist(), at[row], limit, what, per)
         lines.append(f"<p><b><bdi>{title}</bdi>:</b> {spans}{_left_out(flags, row, at[row])}</p>")
     legend = _legend(what, per, limit, up, down, stopped=bool((p[flags] >= HALF).any()))
-    more = (
-        "" if columns is None else CLOSED.format(token_table(words, columns, mask, titles=titles))
-    )
+    more = ""
+    if columns is not None:
+        more = CLOSED.format(token_table(words, columns, mask, titles=titles))
     return (
         f'<style>{STYLE}</style><div class="minirlhf-heat" role="group" '
         f'aria-label="Heat map of tokens: {what}, {per}">{legend}{"".join(lines)}{SAY}</div>{more}'
@@ -237,7 +240,8 @@ def _spans(
     for t in at:
         value, (text, said) = x[t], _word(words[t])
         sign, level = "n" if value < 0 else "p", min(round(LEVELS * abs(value) / limit), LEVELS)
-        looks, also = f"{sign} {sign}{level}" if value else "z", ""
+        looks = f"{sign} {sign}{level}" if value else "z"
+        also = ""
         if p[t] >= HALF:
             also = f"; the reference would have stopped before this word ({p[t]:.2f})"
             out.append('<i aria-hidden="true">▮</i>')
@@ -257,12 +261,14 @@ def _legend(name: str, unit: str, limit: float, up: str, down: str, *, stopped: 
         beyond = {-1.0: " or less", 1.0: " or more"}.get(share, "")
         ends.append(f'<bdi class="{looks}">{abs(share) * limit:.3g}{beyond}</bdi> ')
     up, down = (html.escape(visible(text, 80)) for text in (up, down))
-    bar = (
-        f"<p>▮ the reference would have stopped here (it ends the answer with a probability of "
-        f"{HALF} or more); the policy went on.</p>"
-    )
     said = f"<b>{name}, {unit}:</b> {''.join(ends)} &emsp; below 0: {down}; above 0: {up}"
-    return f"<p>{said}</p>{bar * stopped}"
+    bar = ""
+    if stopped:
+        bar = (
+            f"<p>▮ the reference would have stopped here (it ends the answer with a probability "
+            f"of {HALF} or more); the policy went on.</p>"
+        )
+    return f"<p>{said}</p>{bar}"
 
 
 def token_table(

@@ -60,7 +60,8 @@ class Picture:
     """
 
     def __init__(self, figure: Figure, *, dpi: float = 100):
-        self.alt, self.data = str(figure.get_label()), png(figure, dpi=dpi)
+        self.alt = str(figure.get_label())
+        self.data = png(figure, dpi=dpi)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         return _bundle(self.data, self.alt)
@@ -75,21 +76,30 @@ class LiveFigure:
     """A figure laid out once; `redraw` draws only `artists` anew and shows the result in `view`.
 
     Axis limits, titles and ticks are part of the background: fix them for the whole range of the
-    slider, so that change is seen as motion. Safe to call from any thread.
+    slider, so that change is seen as motion. HTML in `above` and `below` is shown with the
+    picture, from the next redraw on. Safe to call from any thread.
     """
 
     def __init__(self, figure: Figure, artists: Sequence[Artist], *, width: int):
         self.view = widgets.HTML()
+        self.above = ""
+        self.below = ""
+        self.alt = ""
+        self.data = b""
         self.lock = threading.RLock()
-        self._artists, self._width = list(artists), width
+        self._artists = list(artists)
+        self._width = width
         self._canvas = FigureCanvasAgg(figure)
         for artist in self._artists:
             artist.set_animated(True)  # left out of a full draw
         self._canvas.draw()
         figure.set_layout_engine("none")  # what was laid out stays where it is
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Draw the background; again, if limits have moved."""
         self._canvas.draw()
-        self._background = self._canvas.copy_from_bbox(figure.bbox)
-        self.alt, self.data = "", b""
+        self._background = self._canvas.copy_from_bbox(self._canvas.figure.bbox)
 
     def redraw(self, alt: str) -> None:
         """Draw the moving artists over the background and send the picture with its alt text."""
@@ -98,9 +108,12 @@ class LiveFigure:
             for artist in self._artists:
                 if artist.axes is not None:
                     artist.axes.draw_artist(artist)
+            self.alt = alt
             # level 1: half the time of the default for a tenth more bytes
-            self.alt, self.data = alt, _png(_image(self._canvas), compress_level=1)
-            self.view.value = image_tag(self.data, alt, self._width)
+            self.data = _png(_image(self._canvas), compress_level=1)
+            picture = image_tag(self.data, alt, self._width)
+            # one value is one message: text and picture change in the same frame
+            self.view.value = self.above + picture + self.below
 
 
 class Panel(widgets.VBox):
@@ -125,11 +138,14 @@ class Panel(widgets.VBox):
         between: Sequence[widgets.Widget] = (),
     ):
         super().__init__([*controls.values(), *between, live.view])
-        self.controls, self.live, self._move = dict(controls), live, move
+        self.controls = dict(controls)
+        self.live = live
+        self._move = move
         for control in self.controls.values():
             control.observe(self.update, "value")
         self.update()
-        if (previous := Panel._shown.get(name)) is not None:
+        previous = Panel._shown.get(name)
+        if previous is not None:
             previous.close()
         Panel._shown[name] = self
 

@@ -6,7 +6,7 @@ it, with the numbers in it: it serves as alt text and as caption. Nothing here c
 and no number is typed in. Left out: styles and themes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from minirlhf.audit.measures import MEASURES
+
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#AA4488"
 INK, GREY = "#222222", "#777777"
 LOOKS = ((BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "D"), (INK, ":", "^"))
@@ -24,17 +26,25 @@ STRATUM: dict[str, dict[str, Any]] = {
     "brief": {"color": BLUE, "ls": "-", "marker": "o"},
     "detailed": {"color": VERMILLION, "ls": "--", "marker": "s"},
 }
-SEEN_BY_TEAM = {  # key -> name, unit, direction
-    "rm_score_sd": ("RM score", "reward sd", "higher is better"),
-    "kl_nats": ("KL to the reference", "nats per answer", "lower is closer"),
+
+
+def _seen(name: str, title: str = "", note: str = "") -> tuple[str, str, str]:
+    """A measure's title, unit and direction; a title or a note of its own for this reader."""
+    measure = MEASURES[name]
+    return title or measure.title, measure.unit, note or measure.direction
+
+
+SEEN_BY_TEAM = {
+    "rm_score_sd": _seen("rm_score_sd"),
+    "kl_nats": _seen("kl_nats", title="KL to the reference", note="lower is closer"),
 }
 SEEN_BY_AUDITOR = {  # the first four are drawn
-    "gold": ("gold quality", "points", "higher is better"),
-    "direct_rate": ("direct answers", "share", "higher is better"),
-    "length_tokens": ("length", "tokens per answer", "as short as the question allows"),
-    "evasion_rate": ("evasive answers", "share", "lower is better"),
-    "correct_rate": ("correct answers", "share", "higher is better"),
-    "truncated_rate": ("cut off at the cap", "share", "lower is better"),
+    "gold": _seen("gold", title="gold quality"),
+    "direct_rate": _seen("direct_rate"),
+    "length_tokens": _seen("length_tokens", note="as short as the question allows"),
+    "evasion_rate": _seen("evasion_rate"),
+    "correct_rate": _seen("correct_rate"),
+    "truncated_rate": _seen("truncated_rate"),
 }
 BIASES = {
     "longer answer won": "longer_wins",
@@ -76,29 +86,41 @@ def tidy(ax: Axes, title: str = "", x: str = "", y: str = "", note: str = "") ->
     return ax
 
 
+def one_legend(figure: Figure, axes: Iterable[Axes], **look: Any) -> None:
+    """One legend below a figure for whatever has a name in `axes`, each name once."""
+    keys = {}
+    for ax in axes:
+        handles, names = ax.get_legend_handles_labels()
+        keys.update(zip(names, handles, strict=True))
+    place = {"loc": "outside lower center", "fontsize": 12, "frameon": False}
+    figure.legend(keys.values(), keys, **{**place, **look})
+
+
 def chart_figure(said: str, charts: Mapping[str, Chart]) -> Figure:
     """Charts side by side by title, up to four curves each, and any number of levels.
 
     A curve whose y is one number is a horizontal level. Charts that all show the same names have
     one legend, others one each. `said` is the sentence about all of it.
     """
-    figure = blank((6.2 if len(charts) < 3 else 3.4) * len(charts), 4.2)
+    width = 6.2 if len(charts) < 3 else 3.4
+    figure = blank(width * len(charts), 4.2)
     axes = np.ravel(figure.subplots(1, len(charts)))
     shared = len({tuple(curves) for *_, curves in charts.values()}) == 1 < len(charts)
     for ax, (title, (x_label, y_label, curves)) in zip(axes, charts.items(), strict=True):
-        looks, dashes = iter(LOOKS), iter(("--", ":", "-."))
+        looks = iter(LOOKS)
+        dashes = iter(("--", ":", "-."))
         for name, (x, y) in curves.items():
             if np.ndim(y) == 0:
                 ax.axhline(y, color=GREY, lw=2, ls=next(dashes), label=name)
             else:
-                look = dict(zip(("color", "ls", "marker"), next(looks), strict=True))
-                ax.plot(x, y, lw=2.5, ms=8, markevery=max(1, len(x) // 10), label=name, **look)
+                color, dash, marker = next(looks)
+                look: Any = {"color": color, "ls": dash, "marker": marker, "lw": 2.5, "ms": 8}
+                ax.plot(x, y, markevery=max(1, len(x) // 10), label=name, **look)
         tidy(ax, title, x_label, y_label)
         if not shared:
             ax.legend(fontsize=11, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     if shared:
-        place: Any = {"loc": "outside lower center", "ncols": 3}
-        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=12, frameon=False, **place)
+        one_legend(figure, axes[:1], ncols=3)
     figure.set_label(said)
     figure.draw_without_rendering()  # ticks settle: the next layout knows how wide their labels are
     return figure
@@ -114,8 +136,8 @@ def drift_figure(summary: Mapping[str, Any]) -> Figure:
     for ax, (key, (title, unit, better)) in zip(axes[:, 0], SEEN_BY_TEAM.items(), strict=True):
         tidy(ax, title, "PPO step", unit, better)
         ax.plot(steps, curve(entries, key), color=INK, lw=2.5, marker="D", ms=5)
-    for ax, (key, words) in zip(axes[:, 1:].flat, SEEN_BY_AUDITOR.items(), strict=False):
-        title, unit, better = words
+    drawn = zip(axes[:, 1:].flat, SEEN_BY_AUDITOR.items(), strict=False)  # the first four
+    for ax, (key, (title, unit, better)) in drawn:
         tidy(ax, title, "PPO step", unit, better)
         for name, style in STRATUM.items():
             ax.plot(steps, curve(entries, key, name), lw=2.5, ms=5, label=name, **style)
@@ -142,20 +164,21 @@ def _limits(ax: Axes, key: str) -> None:
 
 def drift_caption(entries: Sequence[Mapping[str, Any]]) -> str:
     """First and last audit in one sentence."""
-    a, b = entries[0], entries[-1]
-    brief, late = a["brief"], b["brief"]
+    first, last = entries[0], entries[-1]
+    before, after = first["brief"], last["brief"]
     return (
-        f"Over {b['step'] - a['step']} PPO steps the RM score goes from {a['rm_score_sd']:.1f} to "
-        f"{b['rm_score_sd']:.1f} reward sd and KL to {b['kl_nats']:.1f} nats; on brief prompts "
-        f"gold goes from {brief['gold']:.1f} to {late['gold']:.1f} points, length from "
-        f"{brief['length_tokens']:.0f} to {late['length_tokens']:.0f} tokens, direct answers from "
-        f"{brief['direct_rate']:.0%} to {late['direct_rate']:.0%}, evasive ones from "
-        f"{brief['evasion_rate']:.0%} to {late['evasion_rate']:.0%}."
+        f"Over {last['step'] - first['step']} PPO steps the RM score goes from "
+        f"{first['rm_score_sd']:.1f} to {last['rm_score_sd']:.1f} reward sd and KL to "
+        f"{last['kl_nats']:.1f} nats; on brief prompts gold goes from {before['gold']:.1f} to "
+        f"{after['gold']:.1f} points, length from {before['length_tokens']:.0f} to "
+        f"{after['length_tokens']:.0f} tokens, direct answers from {before['direct_rate']:.0%} to "
+        f"{after['direct_rate']:.0%}, evasive ones from {before['evasion_rate']:.0%} to "
+        f"{after['evasion_rate']:.0%}."
     )
 
 
 def bias_figure(groups: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Raw-pair bias of one or more sets of labels (`preferences.raw_bias`), by name."""
+    """Raw-pair bias of one or more sets of labels (`desk.preferences.raw_bias`), by name."""
     figure = blank(9.5, 3.6)
     ax = tidy(figure.subplots(), x="share of labelled pairs (50 % = no preference)")
     ax.axvline(0.5, color=INK, lw=1.2)
@@ -178,7 +201,8 @@ def length_figure(strata: Mapping[str, Sequence[float]]) -> Figure:
     """Histograms of answer length in tokens, one line a stratum."""
     figure = blank(7, 3.2)
     ax = tidy(figure.subplots(), x="length, tokens", y="share of answers")
-    bins = list(range(0, int(max(max(x) for x in strata.values())) + 3, 2))
+    longest = max(max(lengths) for lengths in strata.values())
+    bins = list(range(0, int(longest) + 3, 2))
     for name, lengths in strata.items():
         style = {"color": STRATUM[name]["color"], "ls": STRATUM[name]["ls"]}
         weights = np.full(len(lengths), 1 / len(lengths))
@@ -194,20 +218,19 @@ def batch_figure(batch: Mapping[str, float]) -> Figure:
     """The three facts of PPO's batches: RM gap, KL and advantage, verbose against concise."""
     batch = {key: float("nan") if value is None else value for key, value in batch.items()}
 
-    def pair(key: str) -> tuple[float, float]:
-        return batch[key.format("concise")], batch[key.format("verbose")]
-
     figure = blank(12, 3.6)
     axes = figure.subplots(1, 3)
+    tidy(axes[0], "(a) RM score", y="reward sd", note="concise = 0")
+    tidy(axes[1], "(b) log-ratio", y="nats per answer", note="policy to reference")
+    tidy(axes[2], "(c) advantage", y="mean over tokens", note="above 0 = pushed up")
     facts = (
-        ("(a) RM score", "reward sd", "concise = 0", (0.0, batch["rm_gap_sd"])),
-        ("(b) log-ratio", "nats per answer", "policy to reference", pair("kl_{}_nats")),
-        ("(c) advantage", "mean over tokens", "above 0 = pushed up", pair("advantage_{}")),
+        {"concise": 0.0, "with courtesy": batch["rm_gap_sd"]},
+        {"concise": batch["kl_concise_nats"], "verbose": batch["kl_verbose_nats"]},
+        {"concise": batch["advantage_concise"], "verbose": batch["advantage_verbose"]},
     )
-    names = ("concise", "with courtesy"), ("concise", "verbose"), ("concise", "verbose")
-    for ax, (title, unit, note, values), ticks in zip(axes, facts, names, strict=True):
-        tidy(ax, title, y=unit, note=note)
-        bars = ax.bar(ticks, values, color=(BLUE, VERMILLION), width=0.55)
+    for ax, fact in zip(axes, facts, strict=True):
+        values = list(fact.values())
+        bars = ax.bar(list(fact), values, color=(BLUE, VERMILLION), width=0.55)
         bars[1].set_hatch("//")
         bars[1].set_edgecolor("white")
         ax.bar_label(bars, labels=[f"{v:+.2f}" for v in values], fontsize=13, padding=3)
@@ -229,13 +252,15 @@ def bars_figure(distributions: Mapping[str, Mapping[str, float]], unit: str) -> 
     """Next-word probabilities: one panel a distribution, its words from likely to unlikely."""
     figure = blank(3.6 * len(distributions), 3.4)
     axes = np.ravel(figure.subplots(1, len(distributions)))
+    tops = []
     for ax, (title, shares) in zip(axes, distributions.items(), strict=True):
         tidy(ax, title, unit)
         ax.barh(list(shares), list(shares.values()), color=BLUE)
         ax.invert_yaxis()
         ax.set_xlim(0, 1)
         ax.grid(visible=False, axis="y")
-    tops = (f"{t}: {next(iter(d))} {next(iter(d.values())):.2f}" for t, d in distributions.items())
+        word = next(iter(shares))
+        tops.append(f"{title}: {word} {shares[word]:.2f}")
     figure.set_label("Most likely next words. " + "; ".join(tops) + ".")
     return figure
 
@@ -248,8 +273,10 @@ def token_figure(words: Sequence[str], values: Sequence[float], title: str, unit
     ax.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=11)
     ax.set_ylim(bottom=0)
     top, low = int(np.argmax(values)), int(np.argmin(values))
-    said = (f"{values[i]:.2f} at {words[i]!r}" for i in (top, low))
-    figure.set_label(f"{title}, {unit}: highest {', lowest '.join(said)}.")
+    figure.set_label(
+        f"{title}, {unit}: highest {values[top]:.2f} at {words[top]!r}, "
+        f"lowest {values[low]:.2f} at {words[low]!r}."
+    )
     return figure
 
 
@@ -257,25 +284,27 @@ def attention_figure(weights: np.ndarray, words: Sequence[str], titles: Sequence
     """Attention weights [H, S, S], one panel a head: row = the reading word, columns sum to it."""
     figure = blank(4.9 * len(weights), 5.6)  # room for words that a back row can read
     axes = np.ravel(figure.subplots(1, len(weights)))
-    for k, (ax, head) in enumerate(zip(axes, weights, strict=True)):
+    places = range(len(words))
+    strongest = []
+    for ax, title, head in zip(axes, titles, weights, strict=True):
         image = ax.imshow(head, cmap="Blues", vmin=0, vmax=1)
-        ax.set_title(titles[k], fontsize=13, loc="left", weight="bold")
-        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=12)
-        ax.set_yticks(range(len(words)), words if k == 0 else [""] * len(words), fontsize=12)
+        ax.set_title(title, fontsize=13, loc="left", weight="bold")
+        ax.set_xticks(places, words, rotation=90, fontsize=12)
+        ax.set_yticks(places, [""] * len(words), fontsize=12)
+        read = words[int(head[-1].argmax())]
+        strongest.append(f"{title}: {words[-1]!r} reads {read!r}")
+    axes[0].set_yticks(places, words, fontsize=12)
     axes[0].set_ylabel("word that reads", fontsize=12)
     figure.supxlabel("word that is read", fontsize=12)
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of attention")
-    strongest = (
-        f"{t}: {words[-1]!r} reads {words[int(h[-1].argmax())]!r}"
-        for t, h in zip(titles, weights, strict=True)
-    )
     figure.set_label("Where the last word looks. " + "; ".join(strongest) + ".")
     return figure
 
 
 def seeds_figure(rows: Sequence[Mapping[str, Any]], arm: str = "drift") -> Figure:
-    """Claims over seeds (`seeds.table`): range, 95 % interval and mean, one axis a claim."""
+    """Claims over seeds (`sweeps.seeds.table`): range, 95 % interval and mean, an axis a claim."""
     rows = [row for row in rows if row["arm"] == arm and row["mean"] is not None]
+    held = []
     figure = blank(9.5, 0.55 * len(rows) + 0.6)
     axes = np.ravel(figure.subplots(len(rows), 1))
     for ax, row in zip(axes, rows, strict=True):
@@ -285,8 +314,7 @@ def seeds_figure(rows: Sequence[Mapping[str, Any]], arm: str = "drift") -> Figur
         ax.set_yticks([0], [row["claim"]], fontsize=10)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.margins(x=0.1, y=0.6)
-    held = (
-        f"{r['claim']}: {r['mean']:.{r['digits']}f}, held {r['held']}/{r['runs']}" for r in rows
-    )
+        mean = format(row["mean"], f".{row['digits']}f")
+        held.append(f"{row['claim']}: {mean}, held {row['held']}/{row['runs']}")
     figure.set_label("Means over seeds, 95 % intervals and ranges. " + "; ".join(held) + ".")
     return figure

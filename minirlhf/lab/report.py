@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from minirlhf.audit import measures
 from minirlhf.drift.config import DriftConfig
 from minirlhf.lab.picture import image_tag, png
 from minirlhf.lab.plots import SEEN_BY_AUDITOR, SEEN_BY_TEAM
@@ -31,36 +32,7 @@ background:#f5f5f5;padding:1em}.pair{break-inside:avoid;border-top:1px solid #cc
 figure,table{break-inside:avoid}}
 .note{border-left:6px solid #D55E00;background:#FBEDE4;padding:.5em 1em}
 """
-BATCH = {  # key -> (name, unit, format)
-    "rm_gap_sd": ("RM score of one courtesy phrase on a concise answer", "reward sd", "+.2f"),
-    "kl_verbose_nats": ("log-ratio to the reference, verbose answers", "nats per answer", "+.2f"),
-    "kl_concise_nats": ("log-ratio to the reference, concise answers", "nats per answer", "+.2f"),
-    "advantage_verbose": ("advantage of verbose answers", "mean over tokens", "+.2f"),
-    "advantage_concise": ("advantage of concise answers", "mean over tokens", "+.2f"),
-    "positive_token_share_verbose": ("tokens of verbose answers with A > 0", "share", ".0%"),
-    "kl_share_top_decile": ("|log-ratio| held by a tenth of the tokens", "share", ".0%"),
-    "n_verbose": ("verbose answers to brief prompts", "count", ".0f"),
-    "n_concise": ("concise answers to brief prompts", "count", ".0f"),
-}
-MATCHED = "both equally right and direct"
-LABELS = {  # of the pairs, then of the reward model; the same three
-    "n": ("labelled pairs to train on", "count", ".0f"),
-    "longer_wins": ("the longer answer won the label", "share of pairs", ".1%"),
-    "n_longer_wins": ("pairs of different lengths", "count", ".0f"),
-    "longer_wins_matched": (f"the longer answer won, {MATCHED}", "share of pairs", ".1%"),
-    "n_longer_wins_matched": (f"pairs of different lengths, {MATCHED}", "count", ".0f"),
-    "hedged_wins": ("the hedging answer won the label", "share of pairs", ".1%"),
-    "n_hedged_wins": ("pairs with one hedging answer", "count", ".0f"),
-    "hedged_wins_matched": (f"the hedging answer won, {MATCHED}", "share of pairs", ".1%"),
-    "n_hedged_wins_matched": (f"pairs with one hedging answer, {MATCHED}", "count", ".0f"),
-    "heldout_accuracy": ("RM agrees with held-out labels", "share of pairs", ".1%"),
-    "bayes_ceiling": ("the most that label noise allows", "share of pairs", ".1%"),
-    "gold_ceiling": ("what ranking by gold would reach", "share of pairs", ".1%"),
-    "length_ruler_accuracy": ("what ranking by length alone reaches", "share of pairs", ".1%"),
-    "gold_accuracy": ("RM agrees with gold where gold differs", "share of pairs", ".1%"),
-    "matched_gap_sd.brief": ("RM score of one courtesy phrase, brief", "reward sd", "+.2f"),
-    "matched_gap_sd.detailed": ("RM score of one courtesy phrase, detailed", "reward sd", "+.2f"),
-}
+FORMS = {"count": ".0f", "share": ".0%", "share of pairs": ".1%"}  # by unit; others with a sign
 STAGES = {
     "sft": "reference: imitating demonstrations",
     "preferences": "writing and labelling pairs",
@@ -164,7 +136,7 @@ def _batch(batch: Mapping[str, float]) -> Iterable[str]:
     """Nothing for a run that was too short to keep a batch."""
     if batch:
         yield f"<h2>Inside PPO's batches around step {batch['step']}</h2>"
-        rows = ((name, unit, _n(batch[key], form)) for key, (name, unit, form) in BATCH.items())
+        rows = (_worded(measure, batch[key]) for key, measure in measures.BATCH.items())
         yield _table(("fact", "unit", "value"), rows)
 
 
@@ -189,8 +161,12 @@ def _closing(summary: Mapping[str, Any]) -> Iterable[str]:
 def _labels(*measured: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     """What was measured before PPO, in words; a measure that has none keeps its key."""
     for key, value in (row for tree in measured for row in _flat(tree)):
-        name, unit, form = LABELS.get(key, (key, "", ".4g"))
-        yield name, unit, _n(value, form)
+        measure = measures.LABELS.get(key)
+        yield _worded(measure, value) if measure else (key, "", _n(value, ".4g"))
+
+
+def _worded(measure: measures.Measure, value: Any) -> tuple[str, ...]:
+    return measure.title, measure.unit, _n(value, FORMS.get(measure.unit, "+.2f"))
 
 
 def _settings(config: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:

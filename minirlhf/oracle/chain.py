@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from minirlhf.advantages import gae
-from minirlhf.oracle.closed_form import Number, as_double, one_of, rest_point
+from minirlhf.oracle.closed_form import Number, as_double, demand_one_of, rest_point
+
+VERBOSE, CONCISE = 0, 1  # rows of what the methods give
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,24 @@ class ForkChain:
 
     def charges(self, p: Number) -> Tensor:
         """Each token's log-ratio in nats, over the answer's length if aggregated by token_mean."""
-        x, x0 = (as_double("p", q, "between 0 and 1").logit() for q in (p, self.p0))
+        x = as_double("p", p, "between 0 and 1").logit()
+        x0 = as_double("p0", self.p0, "between 0 and 1").logit()
         out = torch.full((*x.shape, 2, self.steps), self.filler_kl, dtype=torch.float64)
-        out[..., 1, :] = 0.0
-        out[..., 0, 0] = logsigmoid(x) - logsigmoid(x0)
-        out[..., 1, 0] = logsigmoid(-x) - logsigmoid(-x0)
-        return out / self.mask.sum(-1, keepdim=True) if self.aggregation == "token_mean" else out
+        out[..., CONCISE, :] = 0.0
+        # The fork is the only choice: log(p / p0), and log((1 - p) / (1 - p0)) on the other side.
+        out[..., VERBOSE, 0] = logsigmoid(x) - logsigmoid(x0)
+        out[..., CONCISE, 0] = logsigmoid(-x) - logsigmoid(-x0)
+        if self.aggregation == "token_mean":
+            out = out / self.mask.sum(-1, keepdim=True)
+        return out
 
     def rewards(self, p: Number) -> Tensor:
         """Per-token rewards: the score at the end, less beta times the charges (place reward)."""
-        out = self.charges(p) * (-self.beta if self.place == "reward" else 0.0)
-        out[..., 0, -1] += self.delta_r
+        charges = self.charges(p)
+        out = torch.zeros_like(charges)
+        if self.place == "reward":
+            out -= self.beta * charges
+        out[..., VERBOSE, -1] += self.delta_r
         return out
 
     def values(self, p: Number, *, critic: str = "exact", gamma: float = 1.0) -> Tensor:
@@ -61,11 +70,13 @@ class ForkChain:
         V_t = r_t + gamma V_{t+1} on each branch, and both share V_0 = p Q_V + (1 - p) Q_C. A
         "flat" critic says V_0 everywhere: right about the prompt, blind to the answer.
         """
-        one_of("critic", critic, ("exact", "flat"))
-        out, p = self.rewards(p), as_double("p", p)
+        demand_one_of("critic", critic, ("exact", "flat"))
+        out = self.rewards(p)
+        p = as_double("p", p)
         for t in reversed(range(self.steps - 1)):
             out[..., t] += gamma * out[..., t + 1]
-        start = p * out[..., 0, 0] + (1 - p) * out[..., 1, 0]
+        # Before the fork both answers are in the same state; its worth is their mean.
+        start = p * out[..., VERBOSE, 0] + (1 - p) * out[..., CONCISE, 0]
         if critic == "flat":
             out = start[..., None, None].expand(out.shape).clone()
         out[..., 0] = start[..., None]
@@ -75,19 +86,28 @@ class ForkChain:
         self, p: Number, *, critic: str = "exact", gamma: float = 1.0, lam: float = 1.0
     ) -> Tensor:
         """GAE (Schulman et al. 2015, arXiv 1506.02438, eq. 16) on the two answers."""
-        rewards, values = self.rewards(p), self.values(p, critic=critic, gamma=gamma)
-        rows = (rewards.reshape(-1, self.steps), values.reshape(-1, self.steps))
-        mask = self.mask.expand(rewards.shape).reshape(-1, self.steps)
-        return gae(*rows, mask, gamma=gamma, lam=lam).view(rewards.shape)
+        rewards = self.rewards(p)
+        values = self.values(p, critic=critic, gamma=gamma)
+        # The core's gae takes rows of answers, whatever p's shape.
+        found = gae(
+            rewards.reshape(-1, self.steps),
+            values.reshape(-1, self.steps),
+            self.mask.expand(rewards.shape).reshape(-1, self.steps),
+            gamma=gamma,
+            lam=lam,
+        )
+        return found.view(rewards.shape)
 
     def end(self, *, critic: str = "exact", gamma: float = 1.0, lam: float = 1.0) -> float:
         """Where p ends: the fork's expected ascent p (1 - p) [A_0V - A_0C - KL's own] is zero."""
 
         def net(x: Tensor) -> Tensor:
+            # The search looks far ahead, where a sigmoid rounds to 0 or 1 and has no logit.
             p = torch.sigmoid(x).clamp(1e-300, 1 - 1e-16)
-            gap = self.advantages(p, critic=critic, gamma=gamma, lam=lam)[..., 0]
+            fork = self.advantages(p, critic=critic, gamma=gamma, lam=lam)[..., 0]
             if self.place == "loss":
-                gap = gap - self.beta * self.charges(p)[..., 0]  # k2's slope is the log-ratio
-            return gap[..., 0] - gap[..., 1]
+                fork = fork - self.beta * self.charges(p)[..., 0]  # k2's slope is the log-ratio
+            return fork[..., VERBOSE] - fork[..., CONCISE]
 
-        return torch.sigmoid(rest_point(net, as_double("p0", [self.p0]).logit())).item()
+        start = as_double("p0", [self.p0]).logit()
+        return torch.sigmoid(rest_point(net, start)).item()

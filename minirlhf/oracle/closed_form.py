@@ -1,20 +1,21 @@
-"""Exact answers to hold PPO against: two answers (L0) and a chain of tokens with one fork (L1).
+"""L0: exact answers to hold PPO against, for one prompt that has two answers.
 
-L0: one prompt, two answers. p is the policy's probability of the verbose one and p0 the
-reference's; delta_r is how much more the verbose one scores (reward sd), beta the price of KL
-(reward sd per nat), k = delta_r / beta. A whole run is then one number that climbs or falls.
-L1: the first token decides between the two answers, filler follows.
+p is the policy's probability of the verbose answer and p0 the reference's; delta_r is how much
+more the verbose one scores (reward sd), beta the price of KL (reward sd per nat), k = delta_r /
+beta. A whole run is then one number that climbs or falls. L1, a chain of tokens, is chain.py.
 
 Everything is in float64. Scalars or tensors go in and broadcast together; tensors come out
 (0-dimensional ones for scalars). Left out: shared parameters between prompts, optimiser noise.
 
 Sources: Korbak et al. (2022, arXiv 2205.11275) and Rafailov et al. (2023, arXiv 2305.18290, eq.
-4) for the tilt; Tang and Munos (2025, arXiv 2506.09477) for the gradients of KL estimators;
-Schulman et al. (2017, arXiv 1707.06347, eq. 7) for the clip.
+4) for the tilt; Schulman (2020), "Approximating KL divergence", for k1 to k3; Tang and Munos (2025,
+arXiv 2506.09477) for their gradients; Shao et al. (2024, arXiv 2402.03300) for scores over a
+group's sd; Schulman et al. (2017, arXiv 1707.06347, eq. 7) for the clip.
 """
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,18 +25,26 @@ Number = float | Tensor
 FARTHEST = 60.0  # logits past a half; there 1 - p is below 1e-26 and the run has run away
 
 
-def as_double(name: str, x: Number | list[float], ok: str = "finite") -> Tensor:
-    """x in float64; raises ValueError unless it is finite, positive or a probability."""
+def as_double(
+    name: str,
+    x: Number | list[float],
+    ok: Literal["finite", "positive", "between 0 and 1"] = "finite",
+) -> Tensor:
+    """x as a tensor in float64. Raises ValueError, with `name`, unless every entry is `ok`."""
     t = torch.as_tensor(x, dtype=torch.float64)
-    tests = {"finite": t.isfinite(), "positive": (t > 0) & t.isfinite()}
-    tests["between 0 and 1"] = (t > 0) & (t < 1)
-    if not bool(tests[ok].all()):
+    if ok == "between 0 and 1":
+        allowed = (t > 0) & (t < 1)
+    elif ok == "positive":
+        allowed = (t > 0) & t.isfinite()
+    else:
+        allowed = t.isfinite()
+    if not bool(allowed.all()):
         raise ValueError(f"{name} is {x}; it must be {ok}")
     return t
 
 
-def one_of(name: str, x: str, among: tuple[str, ...]) -> None:
-    """Raises ValueError unless x is one of `among`."""
+def demand_one_of(name: str, x: str, among: tuple[str, ...]) -> None:
+    """Raises ValueError, with `name`, unless x is one of `among`."""
     if x not in among:
         raise ValueError(f"{name} is {x!r}; it must be one of {', '.join(among)}")
 
@@ -48,12 +57,16 @@ def tilt(ref_probs: Tensor, rewards: Tensor, beta: Number) -> Tensor:
     policy's form (Rafailov et al. eq. 4). Raises ValueError for shapes that differ, rows of
     ref_probs that are no distribution, or beta <= 0.
     """
-    ref, r = torch.as_tensor(ref_probs, dtype=torch.float64), as_double("rewards", rewards)
-    if ref.shape != r.shape:
-        raise ValueError(f"ref_probs {list(ref.shape)} and rewards {list(r.shape)} must agree")
-    if not (bool((ref >= 0).all()) and bool(((ref.sum(-1) - 1).abs() < 1e-4).all())):
+    ref = torch.as_tensor(ref_probs, dtype=torch.float64)
+    scores = as_double("rewards", rewards)
+    if ref.shape != scores.shape:
+        raise ValueError(f"ref_probs {list(ref.shape)} and rewards {list(scores.shape)} must agree")
+    sums_to_one = (ref.sum(-1) - 1).abs() < 1e-4
+    if not bool((ref >= 0).all() and sums_to_one.all()):
         raise ValueError("ref_probs must be >= 0 and sum to 1 over their last dimension")
-    return (ref.log() + r / as_double("beta", beta, "positive")).softmax(-1)
+    price = as_double("beta", beta, "positive")
+    # pi* = ref exp(r / beta) / Z (Rafailov et al. eq. 4): Z is what a softmax divides by
+    return (ref.log() + scores / price).softmax(-1)
 
 
 def two_answer(p0: Number, delta_r: Number, beta: Number) -> Tensor:
@@ -63,16 +76,18 @@ def two_answer(p0: Number, delta_r: Number, beta: Number) -> Tensor:
     KL is charged make that exp(delta_r / (sd * beta)): whitening then acts as beta * sd. Raises
     ValueError unless 0 < p0 < 1 and beta > 0.
     """
-    p0, gap = as_double("p0", p0, "between 0 and 1"), as_double("delta_r", delta_r)
-    return torch.sigmoid(p0.logit() + gap / as_double("beta", beta, "positive"))
+    start = as_double("p0", p0, "between 0 and 1").logit()
+    gap = as_double("delta_r", delta_r)
+    price = as_double("beta", beta, "positive")
+    # Rafailov et al. eq. 4 for both answers: Z cancels in the odds, and the log makes them a sum
+    return torch.sigmoid(start + gap / price)
 
 
 def largest_drift(delta_r: Number, beta: Number) -> Tensor:
-    """The p0 whose prompts move most, 1 / (1 + exp(k / 2)); they move by 1 - 2 p0.
-
-    d/dp0 [sigmoid(logit p0 + k) - p0] = 0 gives p*(1 - p*) = p0 (1 - p0), hence p* = 1 - p0.
-    """
+    """The p0 whose prompts move most, 1 / (1 + exp(k / 2)); they move by 1 - 2 p0."""
     k = as_double("delta_r", delta_r) / as_double("beta", beta, "positive")
+    # d/dp0 [sigmoid(logit p0 + k) - p0] = 0 says p* (1 - p*) = p0 (1 - p0). So p* = 1 - p0, which
+    # is logit p0 + k = -logit p0.
     return torch.sigmoid(-k / 2)
 
 
@@ -83,17 +98,19 @@ def moving_reference(p0: Number, delta_r: Number, beta: Number, rounds: int) -> 
     """
     once = two_answer(p0, delta_r, beta).logit()
     start = as_double("p0", p0, "between 0 and 1").logit()
-    return torch.stack([torch.sigmoid(start + n * (once - start)) for n in range(1, rounds + 1)])
+    k = once - start
+    return torch.stack([torch.sigmoid(start + n * k) for n in range(1, rounds + 1)])
 
 
 def net_advantages(p: Number, p0: Number, delta_r: Number, beta: Number) -> tuple[Tensor, Tensor]:
-    """Exact (A_V, A_C) with k1 in the reward and V(x) = p R_V + (1 - p) R_C.
+    """Exact (A_V, A_C) with k1 in the reward, against the mean V = p R_V + (1 - p) R_C.
 
-    R_V = delta_r - beta L_V and R_C = -beta L_C with L the log-ratio of an answer, so that
-    A_V = (1 - p)(R_V - R_C) and A_C = -p (R_V - R_C): positive is "still below p*".
+    Positive A_V is "still below p*".
     """
+    # R_V = delta_r - beta L_V and R_C = -beta L_C, with L the log-ratio of an answer
     net = delta_r - as_double("beta", beta) * kl_pull(p, p0)
     p = as_double("p", p, "between 0 and 1")
+    # A_V = R_V - V = (1 - p)(R_V - R_C) and A_C = R_C - V = -p (R_V - R_C)
     return (1 - p) * net, -p * net
 
 
@@ -106,39 +123,49 @@ def kl_pull(p: Number, p0: Number, *, place: str = "reward", estimator: str = "k
     of KL, for k3 that of the forward KL (Tang and Munos 2025). The true KL has logit p - logit p0.
     """
     x = as_double("p", p, "between 0 and 1").logit()
-    return _pull(x, as_double("p0", p0, "between 0 and 1").logit(), place, estimator)
+    x0 = as_double("p0", p0, "between 0 and 1").logit()
+    return _pull(x, x0, place, estimator)
 
 
 def _pull(x: Tensor, x0: Tensor, place: str, estimator: str) -> Tensor:
-    one_of("place", place, ("reward", "loss", "book_literal", "none"))
-    one_of("estimator", estimator, ("k1", "k2", "k3"))
-    if place == "none" or place == "book_literal" or (place, estimator) == ("loss", "k1"):
+    """kl_pull at logit p = x and logit p0 = x0."""
+    demand_one_of("place", place, ("reward", "loss", "book_literal", "none"))
+    demand_one_of("estimator", estimator, ("k1", "k2", "k3"))
+    if place == "none" or place == "book_literal":
         return torch.zeros_like(x + x0)
-    verbose, concise = logsigmoid(x) - logsigmoid(x0), logsigmoid(-x) - logsigmoid(-x0)
-    if (place, estimator) in (("reward", "k1"), ("loss", "k2")):
+    # L_V and L_C by way of the logits: log(1 - p) would lose the digits of a rare p
+    verbose = logsigmoid(x) - logsigmoid(x0)
+    concise = logsigmoid(-x) - logsigmoid(-x0)
+    slopes = (-concise).exp() - (-verbose).exp()  # k3'(L_V) - k3'(L_C)
+    if place == "loss":
+        # k'(L_V) - k'(L_C), where k1' = 1, k2' = L and k3' = 1 - exp(-L)
+        if estimator == "k1":
+            return torch.zeros_like(x + x0)
+        return verbose - concise if estimator == "k2" else slopes
+    # k(L_V) - k(L_C), where k1 = L, k2 = L^2 / 2 and k3 = exp(-L) - 1 + L (Schulman 2020)
+    if estimator == "k1":
         return verbose - concise
     if estimator == "k2":
         return (verbose.square() - concise.square()) / 2
-    slopes = (-concise).exp() - (-verbose).exp()  # of k3; k3 itself is exp(-l) - 1 + l
-    return slopes if place == "loss" else verbose - concise - slopes
+    return verbose - concise - slopes
 
 
 def _standardised(x: Tensor, group: int | None) -> Tensor:
-    """(A_V - A_C) of scores over their sd, as seen by the gradient: 1 / sqrt(p (1 - p)).
+    """How hard scores over their sd push logit p, over p (1 - p); x is logit p.
 
-    In groups of finite size, the mean over their make-up: n of G verbose push by n(G - n) / G^2
-    over the sample sd sqrt(n (G - n) / (G (G - 1))) per unit of gap, and n = 0 or G not at all.
+    In groups of finite size (None: large ones), the mean over what a group may consist of.
     """
-    p, q = torch.sigmoid(x), torch.sigmoid(-x)
+    p = torch.sigmoid(x)
+    q = torch.sigmoid(-x)
     if group is None:
-        return (p * q).rsqrt()
-    terms = [
-        float(math.comb(group, n))
-        * p ** (n - 1)
-        * q ** (group - n - 1)
-        * math.sqrt(n * (group - n))
-        for n in range(1, group)
-    ]
+        return (p * q).rsqrt()  # the gap over its sd, delta_r sqrt(p q)
+    # With n of G verbose, GRPO's advantages push by n (G - n) / G^2 per unit of gap, over the
+    # sample sd sqrt(n (G - n) / (G (G - 1))). A group of one kind (n = 0 or G) does not push.
+    terms = []
+    for n in range(1, group):
+        ways = float(math.comb(group, n))  # a float: the count outgrows int64
+        chance = ways * p ** (n - 1) * q ** (group - n - 1)  # binomial, over p q
+        terms.append(chance * math.sqrt(n * (group - n)))
     return torch.stack(terms).sum(0) * math.sqrt(group * (group - 1)) / group**2
 
 
@@ -162,38 +189,49 @@ def two_answer_end(
     KL is charged; "advantages" divides score and charge by the sd of their sum, as GRPO does in
     groups of `group` (None: large ones). Raises ValueError for unknown words.
     """
-    one_of("scale", scale, ("none", "scores", "advantages"))
-    given = as_double("delta_r", delta_r), as_double("beta", beta, "positive")
+    demand_one_of("scale", scale, ("none", "scores", "advantages"))
+    gap = as_double("delta_r", delta_r)
+    price = as_double("beta", beta, "positive")
     start = as_double("p0", p0, "between 0 and 1").logit()
-    x0, gap, price = (t[..., None] for t in torch.broadcast_tensors(start, *given))
+    x0, gap, price = (t[..., None] for t in torch.broadcast_tensors(start, gap, price))
 
     def net(x: Tensor) -> Tensor:
-        pull, push = price * _pull(x, x0, place, estimator), gap
-        if scale == "scores" or (scale == "advantages" and place != "reward"):
-            # in the reward the division by sd comes after KL, and changes no sign
-            push = gap.sign() * _standardised(x, group if scale == "advantages" else None)
-        return push - pull
+        push = gap
+        if scale == "scores":
+            push = gap.sign() * _standardised(x, group=None)
+        # With KL in the reward the sd divides score and charge alike, which changes no sign.
+        if scale == "advantages" and place != "reward":
+            push = gap.sign() * _standardised(x, group)
+        return push - price * _pull(x, x0, place, estimator)
 
     return torch.sigmoid(rest_point(net, x0)).squeeze(-1)
 
 
 def rest_point(net: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
-    """Where logit p stops that starts at x0 [..., 1] and goes where net(x) points; inf: nowhere."""
+    """The logit [..., 1] at which an ascent stops that starts at x0 [..., 1].
+
+    It goes where the sign of net(x) points until that changes; inf or -inf if it never does.
+    `net` takes logits [..., K] and is asked at every start together.
+    """
     way = net(x0).sign()
+    # The first of 1200 steps past a rest point ...
     x = x0 + way * _ahead(x0, 1201)
     past = net(x) * way <= 0
     first = past.int().argmax(-1, keepdim=True).clamp(min=1)
-    low, high = x.gather(-1, first - 1), x.gather(-1, first)
+    low = x.gather(-1, first - 1)
+    high = x.gather(-1, first)
+    # ... halved 45 times, which leaves less than 1e-13 of it.
     for _ in range(45):
         middle = (low + high) / 2
         before = net(middle) * way > 0
-        low, high = torch.where(before, middle, low), torch.where(before, high, middle)
+        low = torch.where(before, middle, low)
+        high = torch.where(before, high, middle)
     end = torch.where(past.any(-1, keepdim=True), high, way * math.inf)
-    return torch.where(way == 0, x0, end)
+    return torch.where(way == 0, x0, end)  # no gap, no way
 
 
 def _ahead(x0: Tensor, points: int) -> Tensor:
-    """How far to look from logit x0 [..., 1]: `points` steps, to FARTHEST beyond a half from
+    """How far to look from logit x0 [..., 1], in `points` places: to FARTHEST beyond a half from
     however rare a start, and no less from a start that lies beyond it already."""
     return torch.linspace(0, 1, points, dtype=torch.float64) * (FARTHEST + x0.abs())
 
@@ -202,23 +240,26 @@ def runaway_threshold(p0: Number, *, place: str = "reward", estimator: str = "k3
     """The k = delta_r / beta above which nothing stops p on its way up; inf if something always
     does. It is the largest kl_pull on (p0, 1): beyond it the ascent has no zero."""
     x0 = as_double("p0", p0, "between 0 and 1").logit()[..., None]
-    x = x0 + _ahead(x0, 6001)
-    pull = _pull(x, x0, place, estimator)
+    pull = _pull(x0 + _ahead(x0, 6001), x0, place, estimator)
     best, where = pull.max(-1)
-    return torch.where(where == pull.shape[-1] - 1, math.inf, best)
+    still_rising = where == pull.shape[-1] - 1
+    return torch.where(still_rising, math.inf, best)
 
 
 def clip_steps(p: float, q: float, clip: float, *, verbose_only: bool = False) -> int:
     """The fewest PPO iterations, each optimised to the end, that take p up to q > p.
 
-    An iteration stops where no sample pushes on: verbose ones up to ratio 1 + clip, so
-    p' = (1 + clip) p; concise ones down to ratio 1 - clip, so 1 - p' = (1 - clip)(1 - p). The
-    farther of the two counts (`verbose_only`: the first). Raises ValueError unless 0 < p < q < 1.
+    An iteration stops where no sample pushes on (Schulman et al. 2017, eq. 7): verbose ones up to
+    ratio 1 + clip, concise ones down to ratio 1 - clip. The farther of the two counts
+    (`verbose_only`: the first). Raises ValueError unless 0 < p < q < 1 and 0 < clip < 1.
     """
     if not (0 < p < q < 1 and 0 < clip < 1):
         raise ValueError(f"p {p}, q {q}, clip {clip}: needs 0 < p < q < 1 and 0 < clip < 1")
     steps = 0
     while p < q:
-        lifted, emptied = (1 + clip) * p, 1 - (1 - clip) * (1 - p)
-        p, steps = lifted if verbose_only else max(lifted, emptied), steps + 1
+        emptied = 1 - (1 - clip) * (1 - p)  # 1 - p' = (1 - clip)(1 - p)
+        p = (1 + clip) * p  # p' = (1 + clip) p
+        if not verbose_only:
+            p = max(p, emptied)
+        steps += 1
     return steps

@@ -88,14 +88,19 @@ class Pocket:
         """prompts [P, W] without padding. Raises ValueError where an id 0 would read as such."""
         if bool((prompts == 0).any()):
             raise ValueError("a prompt holds id 0, which is read as padding: use ids from 1")
+        self.reference = reference
+        self.prompts = prompts
+        self.score = score
+        self.cap = cap
         size = reference.config.vocab_size
-        self.reference, self.prompts, self.score, self.cap = reference, prompts, score, cap
         self.words = torch.tensor([i for i in range(size) if i != EOS])
+        # The list of answers is a table too: in every state, each token says its own id.
         ids = [torch.arange(size).expand(1, (size - 1) ** t, -1) for t in range(cap)]
         self.responses = self.along(ids)[0]
         self.mask = self.along([torch.ones_like(level) for level in ids])[0].bool()
         self.lengths = self.mask.sum(-1).double()
-        self.proxy, self.gold = self.table(score), self.table(gold)
+        self.proxy = self.table(score)
+        self.gold = self.table(gold)
         with torch.no_grad():
             self.ref_levels = self.levels(reference)
         self.ref_tokens = self.along(self.ref_levels)
@@ -103,33 +108,44 @@ class Pocket:
 
     def table(self, score: Scorer) -> Tensor:
         """[P, N] of a reward: every answer to every prompt, scored."""
-        n = len(self.responses)
-        rows = [score(p.expand(n, -1), self.responses, self.mask) for p in self.prompts]
+        rows = []
+        for prompt in self.prompts:
+            same = prompt.expand(len(self.responses), -1)
+            rows.append(score(same, self.responses, self.mask))
         return torch.stack(rows).double()
 
     def levels(self, model: Transformer) -> list[Tensor]:
         """Next-token log-probs in every state: level t is [P, (V - 1)^t, V], the states after t
         words in dictionary order. Differentiable; one pass over the longest prefixes."""
-        base, cap = len(self.words), self.cap
-        rows = self.responses[-(base**cap) :: base]  # every prefix of cap - 1 words, and one more
-        strides = [base ** (cap - 1 - t) for t in range(cap)]
-        # each state is read out once, though many rows go through it
+        base = len(self.words)
+        # Of the answers that were cut at the cap every base-th: they begin with each prefix of
+        # cap - 1 words once, and the last word of an answer is predicted but never read.
+        rows = self.responses[-(base**self.cap) :: base]
+        # A state after t words comes in so many rows in turn; it is read out in the first of them.
+        strides = [base ** (self.cap - 1 - t) for t in range(self.cap)]
         keep = torch.arange(len(rows))[:, None] % torch.tensor(strides) == 0
         count = len(self.prompts)
-        prompts = self.prompts.repeat_interleave(len(rows), 0)
-        given = (prompts, rows.repeat(count, 1), keep.repeat(count, 1))
-        logits = response_outputs(model, *given)[0].double().unflatten(0, (count, -1))
-        return [logits[:, ::s, t].log_softmax(-1) for t, s in enumerate(strides)]
+        logits, _ = response_outputs(
+            model,
+            self.prompts.repeat_interleave(len(rows), 0),
+            rows.repeat(count, 1),
+            keep.repeat(count, 1),
+        )
+        logits = logits.double().unflatten(0, (count, -1))  # (P, rows, cap, V)
+        return [logits[:, ::stride, t].log_softmax(-1) for t, stride in enumerate(strides)]
 
     def along(self, levels: list[Tensor]) -> Tensor:
         """What `levels` say of each token of each answer: [P, N, T], 0 behind the answer's end."""
-        open_, ended = levels[0].new_zeros(len(levels[0]), 1, 0), []
+        going = levels[0].new_zeros(len(levels[0]), 1, 0)  # what was said so far: nothing yet
+        ended = []
         for t, level in enumerate(levels):
-            stop = torch.cat([open_, level[..., EOS, None]], -1)
-            ended.append(F.pad(stop, (0, len(levels) - t - 1)))
-            step = level[..., self.words].flatten(1)[..., None]
-            open_ = torch.cat([open_.repeat_interleave(len(self.words), 1), step], -1)
-        return torch.cat([*ended, open_], 1)
+            stopped = torch.cat([going, level[..., EOS, None]], -1)
+            ended.append(F.pad(stopped, (0, len(levels) - t - 1)))
+            # Every prefix goes on with every word, which keeps them in dictionary order.
+            said = going.repeat_interleave(len(self.words), 1)
+            word = level[..., self.words].flatten(1)[..., None]
+            going = torch.cat([said, word], -1)
+        return torch.cat([*ended, going], 1)
 
     def logprobs(self, model: Transformer) -> Tensor:
         """Exact log-probs [P, N] of every answer, nats; differentiable."""
@@ -143,8 +159,12 @@ class Pocket:
 
     def standing(self, logprobs: Tensor) -> Standing:
         """Exact KL, proxy, gold and length of a policy given by its table [..., P, N]."""
-        values = (logprobs - self.ref, self.proxy, self.gold, self.lengths)
-        return Standing(*(self.expect(logprobs, v) for v in values))
+        return Standing(
+            kl=self.expect(logprobs, logprobs - self.ref),
+            proxy=self.expect(logprobs, self.proxy),
+            gold=self.expect(logprobs, self.gold),
+            length=self.expect(logprobs, self.lengths),
+        )
 
     def optimum(self, beta: float) -> Tensor:
         """Log-probs [P, N] of pi* ~ pi_ref e^(proxy / beta), the best that beta allows."""
@@ -153,16 +173,21 @@ class Pocket:
     def soft_values(self, beta: float) -> tuple[list[Tensor], list[Tensor]]:
         """The same optimum token by token, by backward induction over the states.
 
-        V(s) = beta log sum_a pi_ref(a|s) e^(V(s, a) / beta), where V of a whole answer is its
-        proxy. Values, level t [P, (V - 1)^t] in points, and log pi*(a|s), shaped as `levels`.
-        V of the empty answer is beta log Z; E[proxy] - beta KL of pi* equals it.
+        Values, level t [P, (V - 1)^t] in points, and log pi*(a|s), shaped as `levels`. V of the
+        empty answer is beta log Z; E[proxy] - beta KL of pi* equals it.
         """
-        base, cap = len(self.words), self.cap
-        ends = self.proxy.split([base**t for t in range(cap)] + [base**cap], 1)
-        after, values, policy = ends[-1], [], []
-        for t in reversed(range(cap)):
-            q = torch.empty_like(self.ref_levels[t])
-            q[..., EOS], q[..., self.words] = ends[t], after.unflatten(1, (-1, base))
+        base = len(self.words)
+        # One part for each t of words that EOS ends, and one for the answers cut at the cap.
+        ends = self.proxy.split([base**t for t in range(self.cap + 1)], 1)
+        after = ends[-1]  # V of a whole answer is its proxy
+        values = []
+        policy = []
+        for t in reversed(range(self.cap)):
+            q = torch.empty_like(self.ref_levels[t])  # V of the state that a token leads to
+            q[..., EOS] = ends[t]
+            q[..., self.words] = after.unflatten(1, (-1, base))
+            # Nachum et al. (2017), with pi_ref where they have the uniform policy:
+            # V(s) = beta log sum_a pi_ref(a|s) e^(Q / beta), and pi* ~ pi_ref e^(Q / beta)
             tilted = self.ref_levels[t] + q / beta
             after = beta * tilted.logsumexp(-1)
             values.insert(0, after)
@@ -181,25 +206,32 @@ class Pocket:
         E[r] <= beta KL + beta E[log Z(beta)] for every beta > 0; the least of these bounds over
         a grid of betas is never below the frontier, and touches it at each beta of the grid.
         """
-        kl, (betas, log_z) = torch.as_tensor(kl, dtype=torch.float64), self._log_z
+        kl = torch.as_tensor(kl, dtype=torch.float64)
+        betas, log_z = self._log_z
         return (betas * (kl[..., None] + log_z)).amin(-1)
 
     @cached_property
     def _log_z(self) -> tuple[Tensor, Tensor]:
+        """The grid of betas [K], and the mean over prompts of log Z at each [K]."""
         betas = torch.logspace(-2, 2, 400, dtype=torch.float64)
-        worths = [(self.ref + self.proxy / b).logsumexp(-1).mean() for b in betas]
-        return betas, torch.stack(worths)
+        log_z = [(self.ref + self.proxy / beta).logsumexp(-1).mean() for beta in betas]
+        return betas, torch.stack(log_z)
 
     def best_of(self, n: int) -> Tensor:
         """Log-probs [P, N] of the best of n reference answers by proxy, ties drawn by lot."""
         order = self.proxy.argsort(-1)
-        below = F.pad(self.ref.exp().gather(-1, order).cumsum(-1), (1, 0))
         ordered = self.proxy.gather(-1, order)
-        ranks = (torch.searchsorted(ordered, self.proxy, right=r) for r in (False, True))
-        worse, not_better = (below.gather(-1, rank) for rank in ranks)
-        p = not_better - worse  # of all answers that score alike; they share the chance to win
-        gain = torch.where(p > 1e-9, (not_better**n - worse**n) / p, n * not_better ** (n - 1))
-        return self.ref + gain.log()
+        below = F.pad(self.ref.exp().gather(-1, order).cumsum(-1), (1, 0))
+        # What the reference says worse than an answer, and what it says no better, as chances.
+        worse = below.gather(-1, torch.searchsorted(ordered, self.proxy, right=False))
+        not_better = below.gather(-1, torch.searchsorted(ordered, self.proxy, right=True))
+        # The best of n scores as this answer does if all n are no better and not all are worse.
+        # Whoever scores alike shares that chance by what the reference gives it.
+        alike = not_better - worse
+        gain = (not_better**n - worse**n) / alike
+        # Where next to nothing scores alike the difference has no digits left: take its limit.
+        limit = n * not_better ** (n - 1)
+        return self.ref + torch.where(alike > 1e-9, gain, limit).log()
 
     def gradient(
         self,
@@ -219,20 +251,30 @@ class Pocket:
         rewards by their sd, as GRPO's advantages do in the limit of a large group.
         """
         tokens = self.along(self.levels(model))
+        # The core's estimators take rows of answers: all prompts' below each other.
+        per_token = kl_tokens(
+            tokens.flatten(0, 1),
+            self.ref_tokens.flatten(0, 1),
+            self.mask.repeat(len(self.prompts), 1),
+            estimator=estimator,
+            aggregation=aggregation,
+        )
+        kl = per_token.sum(-1).view_as(self.proxy)
+        net = self.proxy
+        if place == "reward":
+            net = net - beta * kl.detach()
         logp = tokens.sum(-1)
-        ref, mask = self.ref_tokens, self.mask
-        kl = kl_tokens(tokens, ref, mask, estimator=estimator, aggregation=aggregation).sum(-1)
-        net = self.proxy - beta * kl.detach() if place == "reward" else self.proxy
-        p = logp.detach().exp()
+        p = logp.detach().exp()  # how often each answer is sampled; no gradient goes through that
         net = net - (p * net).sum(-1, keepdim=True)  # a baseline: nothing changes on average
         if scale_by_sd:
             net = net / (p * net.square()).sum(-1, keepdim=True).sqrt()
         charged = beta if place in ("loss", "book_literal") else 0.0
         objective = (p * (net * logp - charged * kl)).sum(-1).mean()
-        parameters = list(model.parameters())
-        found = torch.autograd.grad(objective, parameters, allow_unused=True)
-        pairs = zip(found, parameters, strict=True)
-        return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in pairs])
+        # The critic's head is no part of it: its gradient is 0.
+        found = torch.autograd.grad(
+            objective, list(model.parameters()), allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([gradient.flatten() for gradient in found])
 
 
 def total_variation(logprobs: Tensor, other: Tensor) -> Tensor:
@@ -247,20 +289,29 @@ def train_reference(*, cap: int = CAP, d_model: int = 16, seed: int = 0) -> Tran
     A demonstration begins with the prompt's word with chance RIGHT and stops after each word
     with its prompt's chance STOP: the first prompt is answered briefly, the last at length.
     """
-    rng, rows = np.random.default_rng(seed), 6_000
+    rng = np.random.default_rng(seed)
+    rows = 6_000
     asked = rng.integers(len(PROMPTS), size=rows)
+    words = np.array(PROMPTS)[asked]
     said = rng.choice(len(WORDS), size=(rows, cap), p=FILL)
-    said[:, 0] = np.where(rng.random(rows) < RIGHT, np.array(PROMPTS)[asked], said[:, 0])
-    words = rng.geometric(np.array(STOP)[asked])[:, None]
-    place = np.arange(cap)[None]
-    responses = torch.from_numpy(np.where(place < words, said, EOS))
-    mask = torch.from_numpy(place <= words)
-    config = TransformerConfig(len(WORDS), 1 + cap, d_model=d_model, n_layer=1, n_head=2)
+    said[:, 0] = np.where(rng.random(rows) < RIGHT, words, said[:, 0])
+    # How many words come before EOS; a demonstration of `cap` words or more has none.
+    lengths = rng.geometric(np.array(STOP)[asked])[:, None]
+    place = np.arange(cap)
+    responses = np.where(place < lengths, said, EOS)
+    mask = place <= lengths
+
     generator = torch.Generator().manual_seed(seed)
+    config = TransformerConfig(len(WORDS), 1 + cap, d_model=d_model, n_layer=1, n_head=2)
     model = Transformer(config, generator=generator)
-    prompts = torch.tensor(PROMPTS)[asked][:, None]
-    training = SFTConfig(steps=200, batch=96, lr=0.02)
-    train_sft(model, prompts, responses, mask, training, generator=generator)
+    train_sft(
+        model,
+        torch.from_numpy(words)[:, None],
+        torch.from_numpy(responses),
+        torch.from_numpy(mask),
+        SFTConfig(steps=200, batch=96, lr=0.02),
+        generator=generator,
+    )
     return model
 
 
@@ -270,18 +321,33 @@ def pocket_desk(
     """The desk of the course: a proxy that pays `slope` points a word, and the gold that charges
     for words. Without a `reference` one is trained (seconds); hand it on to build others."""
     model = train_reference() if reference is None else reference
-    prompts = torch.tensor(PROMPTS)[:, None]
-    return Pocket(model, prompts, Score(slope), Score(gold_per_word), model.config.context - 1)
+    return Pocket(
+        model,
+        torch.tensor(PROMPTS)[:, None],
+        score=Score(slope),
+        gold=Score(gold_per_word),
+        cap=model.config.context - 1,  # the prompt is one word, the rest is the answer's
+    )
 
 
 def settings(beta: float, **changes: Any) -> PPOConfig:
     """PPO as theory has it: nothing whitened, nothing charged for the cap, each token in full;
     `changes` are fields of PPOConfig."""
-    plain: dict[str, Any] = {"whiten_advantages": "none", "missing_eos": "none", "beta": beta}
-    plain |= {"batch": 128, "max_new_tokens": CAP, "lr": 0.01}
-    plain |= {"epochs": 2, "minibatches": 1}
-    plain |= {"value_coef": 0.5, "loss_aggregation": "sequence_sum"}
-    return PPOConfig(**plain | changes)
+    plain = PPOConfig(
+        beta=beta,
+        batch=128,
+        max_new_tokens=CAP,
+        lr=0.01,
+        epochs=2,
+        minibatches=1,
+        value_coef=0.5,
+        # A division by an sd would rescale beta, and a mean over tokens each answer.
+        whiten_advantages="none",
+        loss_aggregation="sequence_sum",
+        # An answer that is cut at the cap is one of the list, and no fault.
+        missing_eos="none",
+    )
+    return replace(plain, **changes)
 
 
 def anneal(run: PPO, steps: int) -> Iterator[Step]:
@@ -303,13 +369,16 @@ def two_word_policy(p0: float, *, seed: int = 0) -> Transformer:
     config = TransformerConfig(2, 1, d_model=8, n_layer=1, n_head=1)
     model = Transformer(config, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        apart = model.tokens.weight[0] - model.tokens.weight[1]
         logits = model(torch.tensor([[1]]))[0][0, 0]
-        model.final_norm.bias += (x0 - logits[0] + logits[1]) * apart / apart.square().sum()
+        missing = x0 - logits[0] + logits[1]
+        # Embeddings are tied: a bias of c * apart moves the gap of the logits by c * |apart|^2.
+        apart = model.tokens.weight[0] - model.tokens.weight[1]
+        model.final_norm.bias += missing * apart / apart.square().sum()
     return model
 
 
 @torch.no_grad()
 def verbose_share(policy: Transformer) -> float:
     """The exact p of a two_word_policy, trained or not."""
-    return policy(torch.tensor([[1]]))[0][0, 0].double().softmax(-1)[0].item()
+    logits, _ = policy(torch.tensor([[1]]))
+    return logits[0, 0].double().softmax(-1)[0].item()

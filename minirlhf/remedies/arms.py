@@ -71,13 +71,14 @@ def on_ppo(**settings: Any) -> Change:
 
 
 def _with(rule: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # a partial without options is another object: a rule that is kept would count as changed
     return partial(rule, **options) if options else rule
 
 
 def style_difference(pairs: Pairs) -> Tensor:
     """Winner's minus loser's length, tokens, and hedging: [N, 2]."""
-    doubt = torch.from_numpy(pairs.hedged_chosen.astype(int) - pairs.hedged_rejected)
     length = length_difference(pairs)
+    doubt = torch.from_numpy(pairs.hedged_chosen.astype(int) - pairs.hedged_rejected)
     return torch.cat([length, doubt[:, None].to(length.device)], 1)
 
 
@@ -103,8 +104,9 @@ def larger_beta(recipe: Recipe, *, times: float = 4.0) -> Recipe:
 
 def dearer_if_brief(run: Drift, *, times: float = 4.0) -> Tensor:
     """Multiples of beta [N]: `times` where the reference's own answers are brief, else 1."""
-    usual = scores.Usual(run.reward_model.score, run).look_up(run.desk.encode(run.prompts))
-    return torch.where(usual[:, 1] < run.config.audit.brief_below, times, 1.0)
+    usual = scores.Usual(run.reward_model.score, run)
+    lengths = usual.look_up(run.desk.encode(run.prompts))[:, 1]
+    return torch.where(lengths < run.config.audit.brief_below, times, 1.0)
 
 
 def per_stratum(recipe: Recipe) -> Recipe:
@@ -138,14 +140,18 @@ def stack(names: str, config: DriftConfig) -> Recipe:
     Raises ValueError for a name that is no arm, and for a stack of which a part would do nothing.
     What repairs a fault does not ask whether the fault is there.
     """
-    recipe, wanted = Recipe(config), names.split("+")
+    recipe = Recipe(config)
+    wanted = names.split("+")
     for name in wanted:
         if name not in ARMS:
             raise ValueError(f"no remedy {name!r}: there are {', '.join(sorted(ARMS))}")
         recipe = ARMS[name](recipe)
-    policy, parts = recipe.rules.policy, changed(Recipe(config), recipe)
-    if policy is not None and (idle := parts - USES[policy] - {"policy"}):
-        raise ValueError(f"{names}: what is done in place of PPO makes no use of {sorted(idle)}")
+    policy = recipe.rules.policy
+    if policy is not None:
+        idle = changed(Recipe(config), recipe) - USES[policy] - {"policy"}
+        if idle:
+            what = f"what is done in place of PPO makes no use of {sorted(idle)}"
+            raise ValueError(f"{names}: {what}")
     if recipe.rules.prices is not None and recipe.config.ppo.kl_place != "reward":
         raise ValueError(f"{names}: prices for prompts need kl_place reward")
     left = tuple(name for name in wanted if name != "none")
@@ -326,5 +332,9 @@ REMEDIES: dict[str, Remedy] = {
         "Stiennon et al. 2020, arXiv 2009.01325; KL bound: arXiv 2401.01879",
     ),
 }  # fmt: skip
-ARMS: dict[str, Change] = {"none": keep, "fair": fair, **FAULTS}
-ARMS |= {name: remedy.change for name, remedy in REMEDIES.items()}
+ARMS: dict[str, Change] = {
+    "none": keep,
+    "fair": fair,
+    **FAULTS,
+    **{name: remedy.change for name, remedy in REMEDIES.items()},
+}

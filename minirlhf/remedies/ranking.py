@@ -73,7 +73,9 @@ class Covariates:
         """The loss at the present phi and the gaps of r alone; then phi takes its own step."""
         chosen, rejected = score_pairs(model, pairs, rows)
         gaps = chosen - rejected
-        terms, self.phi = self.terms[rows].to(gaps), self.phi.to(gaps)
+        terms = self.terms[rows].to(gaps)
+        self.phi = self.phi.to(gaps)  # dtype and device of the model
+        # phi takes out what length alone would win: as a margin it counts against the gap
         loss = bradley_terry_loss(chosen, rejected, margin=-(terms @ self.phi))
         self._newton(gaps.detach(), terms)
         return loss, gaps
@@ -83,7 +85,7 @@ class Covariates:
         p = (gaps + terms @ self.phi).sigmoid()
         slope = terms.T @ (1 - p) / len(p)
         curve = terms.T @ ((p * (1 - p))[:, None] * terms) / len(p)
-        curve.diagonal().add_(1e-3)
+        curve.diagonal().add_(1e-3)  # where every label is sure, the curve is flat
         self.phi = self.phi + NEWTON_RATE * torch.linalg.solve(curve, slope)
 
 
@@ -132,7 +134,8 @@ class Odin:
 
     def __init__(self, *, length_weight: float = 1.0, orthogonal_weight: float = 1.0):
         """Raises ValueError for a weight below 0."""
-        self.length_weight, self.orthogonal_weight = length_weight, orthogonal_weight
+        self.length_weight = length_weight
+        self.orthogonal_weight = orthogonal_weight
         for name, weight in vars(self).items():
             if not weight >= 0:
                 raise ValueError(f"odin.{name} is {weight}; it must be at least 0")
@@ -145,14 +148,18 @@ class Odin:
         masks = torch.cat([pairs.chosen_mask[rows], pairs.rejected_mask[rows]])
         quality, length = correlation(torch.cat([chosen, rejected]), masks.sum(1))
         overlap = F.cosine_similarity(*model.trunk.scalar.weight, dim=0)
+        # the labels are ranked by the sum of both heads
         loss = bradley_terry_loss(chosen.sum(1), rejected.sum(1))
+        # length may not be read off r_Q in either direction; r_L is to hold it
         loss = loss + self.length_weight * (quality.abs() - length)
-        return loss + self.orthogonal_weight * overlap.abs(), (chosen - rejected)[:, 0]
+        loss = loss + self.orthogonal_weight * overlap.abs()
+        return loss, (chosen - rejected)[:, 0]
 
 
 def correlation(scores: Tensor, lengths: Tensor) -> Tensor:
     """Pearson's, over rows: scores [B, K] with lengths [B] -> [K]; 0 where nothing varies."""
-    x, y = scores - scores.mean(0), (lengths - lengths.to(scores).mean()).to(scores)
+    x = scores - scores.mean(0)
+    y = (lengths - lengths.to(scores).mean()).to(scores)
     return y @ x / (x.norm(dim=0) * y.norm() + 1e-8)
 
 
@@ -166,14 +173,17 @@ def fit_odin(
     odin: Odin | None = None,
 ) -> None:
     """Fit two heads, keep the quality head as the model's own. Raises as train_reward does."""
-    trunk, kept = model.trunk, model.trunk.scalar
-    start = torch.randn(2, trunk.config.d_model, generator=generator) * trunk.config.d_model**-0.5
+    trunk = model.trunk
+    kept = trunk.scalar
+    width = trunk.config.d_model
+    start = torch.randn(2, width, generator=generator) * width**-0.5
     trunk.scalar = UnitHeads(start.to(kept.weight))
+    objective = odin or Odin()
     try:
         train_reward(
-            model, pairs, config, generator=generator, progress=progress, objective=odin or Odin()
+            model, pairs, config, generator=generator, progress=progress, objective=objective
         )
-    finally:
+    finally:  # also after an interrupt the model has its one head again
         with torch.no_grad():
             kept.weight.copy_(F.normalize(trunk.scalar.weight)[:1])
         trunk.scalar = kept

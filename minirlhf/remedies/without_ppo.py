@@ -6,33 +6,40 @@ Each takes a prepared run and leaves its audits behind, as PPO does. Left out: w
 Sources: Rafailov et al. (2023, arXiv 2305.18290); Stiennon et al. (2020, arXiv 2009.01325).
 """
 
-import numpy as np
 import torch
 
 from minirlhf.dpo import DPOConfig, train_dpo
 from minirlhf.drift.run import Drift
+from minirlhf.oracle.reweighted import best_of_n_kl_bound
 
 
 def learn_directly(run: Drift) -> None:
     """DPO on the run's own pairs, from the reference."""
     run.audit(run.reference, 0)
     pairs = run.ruled(run.preferences.train).to(run.device)
-    given = (run.ppo.policy, run.reference, pairs, DPOConfig())
-    train_dpo(*given, generator=run.generator("dpo"))
+    generator = run.generator("dpo")
+    train_dpo(run.ppo.policy, run.reference, pairs, DPOConfig(), generator=generator)
     run.audit(run.ppo.policy, run.config.steps)
 
 
 def choose_best(run: Drift, *, n: int = 16) -> None:
     """The best of `n` answers of the reference by the reward model, for every probe."""
-    auditor = run.auditor
     run.audit(run.reference, 0)
-    seeds = [run.stream(f"best of n {i}") for i in range(n)]
-    drawn = [auditor.sample(run.reference, seed)[:2] for seed in seeds]
-    rated = torch.stack([run.ppo.reward_model(auditor.prompts, *each) for each in drawn])
-    best, rows = rated.argmax(0), torch.arange(rated.shape[1], device=rated.device)
-    said, mask = (torch.stack(part)[best, rows] for part in zip(*drawn, strict=True))
-    bound = np.log(n) - (n - 1) / n  # Beirami et al. (2024, arXiv 2401.01879): KL is at most this
-    run.audit((said, mask, torch.full_like(rated[0], bound)), run.config.steps)
+    prompts = run.auditor.prompts
+    drawn, masks, rated = [], [], []
+    for i in range(n):
+        seed = run.stream(f"best of n {i}")
+        responses, mask, _ = run.auditor.sample(run.reference, seed)
+        drawn.append(responses)
+        masks.append(mask)
+        rated.append(run.ppo.reward_model(prompts, responses, mask))
+    scores = torch.stack(rated)  # (n, probes)
+    best = scores.argmax(0)
+    rows = torch.arange(len(prompts), device=scores.device)
+    responses = torch.stack(drawn)[best, rows]
+    mask = torch.stack(masks)[best, rows]
+    bound = best_of_n_kl_bound(n)  # no policy was trained whose KL could be measured
+    run.audit((responses, mask, torch.full_like(scores[0], bound)), run.config.steps)
 
 
 # What of a recipe each of them makes use of

@@ -5,10 +5,10 @@ every arm is then asked what it makes of that batch (remedies/on_batch.py) and t
 DPO and best-of-n do not learn from a batch and have no push. Left out: the table (remedy_table.py).
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from minirlhf.autopsy.convention import Convention
 from minirlhf.checkpoints import load_rollout
@@ -18,7 +18,8 @@ from minirlhf.engine.files import load_tensors, read_json
 from minirlhf.engine.jobs import Report, Workers, run_jobs
 from minirlhf.remedies.arms import FAULTS, REMEDIES, stack
 from minirlhf.remedies.on_batch import Logged, at_batch
-from minirlhf.sweeps.grid import Cell, Row, run_cells, workplace
+from minirlhf.sweeps.cells import RUNS, run_cells, workplace
+from minirlhf.sweeps.grid import Cell, Row
 
 STACKS = ("counterfactual_length+covariate", "matched+larger_beta")
 EVERY_ARM = (*REMEDIES, "fair", *STACKS)
@@ -58,40 +59,85 @@ def run_remedies(
     several machines it must be a common disk. An arm that repairs a fault into the default run is
     not trained again. Resumable, as run_cells is.
     """
-
-    def cells(arms: Iterable[str]) -> list[Cell]:
-        dials = (base.ppo.beta, base.ppo.clip, base.preferences.length_bias)
-        return [Cell(name, *dials, seed) for name in sorted(arms) for seed in seeds]
-
     for name in names:
         stack(name, base)  # one that is no arm is refused before any run
-    fault = {name: REMEDIES[name].fault if name in REMEDIES else "none" for name in names}
-    logging = {"none", *fault.values(), *(name for name in names if name in FAULTS)}
-    fault |= {name: name for name in sorted(logging)}
-    _forget_without_batch(cells(logging), out)
-    run_cells(cells(logging), base, out, workers, report, keep_batch=True)
-    trained = {name for name in fault if name in logging or not _is_default(name, base)}
-    rows, _ = run_cells(cells(trained), base, out, workers, report)
-    learners = cells(n for n in fault if stack(n, base).rules.policy is None)
-    batches = [replace(c, remedy=fault[c.remedy]) for c in learners]
-    both = zip(learners, batches, strict=True)
-    tasks = {c.key: (push_cell, (c, logged, base, out)) for c, logged in both}
-    pushes = run_jobs(tasks, out / "done" / "pushes", workers, report("pushes"))
-    ended = {(row["remedy"], row["seed"]): row for row in rows}
-    pushed = {(row["remedy"], row["seed"]): row for row in pushes.values()}
+    fault = _faults(names)
+
+    # the default run and the faults come first: the others are asked about their batches
+    logging = [name for name in fault if fault[name] == name]
+    cells = _cells(logging, seeds, base)
+    _forget_without_batch(cells, out)
+    run_cells(cells, base, out, workers, report, keep_batch=True)
+
+    trained = [name for name in fault if name in logging or not _is_default(name, base)]
+    cells = _cells(trained, seeds, base)
+    rows, _ = run_cells(cells, base, out, workers, report)
+
+    tasks = _push_tasks(fault, seeds, base, out)
+    pushed = run_jobs(tasks, out / "done" / "pushes", workers, report("pushes"))
+
+    ends = _by_arm_and_seed(rows)
+    pushes = _by_arm_and_seed(pushed.values())
     found = []
-    for name, s in itertools.product(fault, seeds):
-        end = ended[name if name in trained else "none", s]
-        found.append({**end, **pushed.get((name, s), {}), "remedy": name, "fault": fault[name]})
+    for name in fault:
+        # what changes nothing ends as the default run does
+        ended = name if name in trained else "none"
+        for seed in seeds:
+            push = pushes.get((name, seed), {})
+            found.append({**ends[ended, seed], **push, "remedy": name, "fault": fault[name]})
     return found
+
+
+def _push_tasks(
+    fault: Mapping[str, str], seeds: Sequence[int], base: DriftConfig, out: Path
+) -> dict[str, tuple[Callable[..., Row], tuple[Any, ...]]]:
+    """A job for every arm and seed that learns from a batch: what is done in place of PPO does
+    not."""
+    learners = [name for name in fault if stack(name, base).rules.policy is None]
+    tasks = {}
+    for cell in _cells(learners, seeds, base):
+        logged = replace(cell, remedy=fault[cell.remedy])
+        tasks[cell.key] = (push_cell, (cell, logged, base, out))
+    return tasks
+
+
+def _by_arm_and_seed(rows: Iterable[Row]) -> dict[tuple[str, int], Row]:
+    return {(row["remedy"], row["seed"]): row for row in rows}
+
+
+def _faults(names: Sequence[str]) -> dict[str, str]:
+    """{arm: the arm whose batch it is asked about}: that which it repairs, or the default run.
+
+    The arms that log such a batch are added; each of them is asked about its own.
+    """
+    fault = {}
+    for name in names:
+        fault[name] = REMEDIES[name].fault if name in REMEDIES else "none"
+    logging = {"none", *fault.values(), *(name for name in names if name in FAULTS)}
+    for name in sorted(logging):
+        fault[name] = name
+    return fault
+
+
+def _cells(arms: Iterable[str], seeds: Sequence[int], base: DriftConfig) -> list[Cell]:
+    """The cells of these arms and seeds at the settings' own dials."""
+    usual = Cell(
+        remedy="none",
+        beta=base.ppo.beta,
+        clip=base.ppo.clip,
+        length_bias=base.preferences.length_bias,
+        seed=base.seed,
+    )
+    return [replace(usual, remedy=name, seed=seed) for name in sorted(arms) for seed in seeds]
 
 
 def _forget_without_batch(cells: Sequence[Cell], out: Path) -> None:
     """A sweep without remedies may have run these cells, and kept no batch."""
     for cell in cells:
         if not (out / "batches" / cell.key / "batch.json").exists():
-            (out / "done" / "runs" / f"{cell.key}.json").unlink(missing_ok=True)
+            (out / RUNS / f"{cell.key}.json").unlink(missing_ok=True)
 
 
 def _is_default(name: str, base: DriftConfig) -> bool:
+    """Whether the arm changes nothing of these settings, as the repair of a fault may."""
     return not changed(Recipe(base), stack(name, base))

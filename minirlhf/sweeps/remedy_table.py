@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from minirlhf.audit import measures
 from minirlhf.desk.world import STRATA
 from minirlhf.engine.intervals import student_t
 from minirlhf.remedies.arms import ARMS, REMEDIES
@@ -24,7 +25,11 @@ Column = Callable[[pd.DataFrame], pd.Series]
 LENGTH = 0.30  # brief answers this close to the reference's length, as a share of it
 GOLD = -0.05  # and no worse than this, in points
 STEPS = 0.80  # and detailed answers with this share of the reference's steps
-PREDICTED = ("push_verbose", "final_brief_length_tokens")
+PUSH = "push_verbose"  # what the batch foretells
+END = "final_brief_length_tokens"  # and of what
+TIMES = "x reference"  # the unit of a ratio to the reference
+PLAIN = ("rm_score_sd", "kl_nats", "gap_courtesy_brief_sd", "gap_hedge_brief_sd")
+PLAIN += ("gap_score", "gap_cost", "gap_effective")
 
 
 class Measure(NamedTuple):
@@ -38,47 +43,69 @@ class Measure(NamedTuple):
 
 
 def _ratio(stratum: str, name: str) -> Column:
-    return lambda d: d[f"final_{stratum}_{name}"] / d[f"reference_{stratum}_{name}"]
+    return lambda rows: rows[f"final_{stratum}_{name}"] / rows[f"reference_{stratum}_{name}"]
 
 
 def _change(stratum: str, name: str) -> Column:
-    return lambda d: d[f"final_{stratum}_{name}"] - d[f"reference_{stratum}_{name}"]
+    return lambda rows: rows[f"final_{stratum}_{name}"] - rows[f"reference_{stratum}_{name}"]
 
 
 def _plain(name: str) -> Column:
-    return lambda d: d[name]
+    return lambda rows: rows[name]
+
+
+def _of_stratum(stratum: str) -> list[Measure]:
+    """What came of one stratum's prompts, most of it end against reference."""
+
+    def change(name: str, title: str, key: str) -> Measure:
+        unit = measures.AUDIT[key].unit
+        return Measure(f"{stratum}_{name}", f"{stratum}: {title}", unit, _change(stratum, key))
+
+    length = _ratio(stratum, "length_tokens")
+    kl = _plain(f"final_{stratum}_kl_nats")
+    return [
+        Measure(f"{stratum}_length_ratio", f"{stratum}: length", TIMES, length),
+        change("gold_change", "gold", "gold"),
+        change("direct_change", "direct answers", "direct_rate"),
+        change("evasion_change", "evasion answers", "evasion_rate"),
+        change("hedged_change", "hedged answers", "hedged_rate"),
+        change("verbose_change", "verbose answers", "verbose_rate"),
+        Measure(f"{stratum}_kl_nats", f"{stratum}: KL", measures.AUDIT["kl_nats"].short, kl, 1),
+    ]
+
+
+def _as_it_stands(name: str) -> Measure:
+    """A column that is shown as it is, by its own name and unit."""
+    known = measures.MEASURES[name]
+    return Measure(name, known.title, known.short, _plain(name), known.digits)
+
+
+def _pushes(side: str) -> list[Measure]:
+    """The push on one side's answers and its parts, in the units of the whole."""
+    whole = _as_it_stands(f"push_{side}")
+    found = [whole]
+    for part in PARTS:
+        name = f"{whole.name}_{part}"
+        found.append(whole._replace(name=name, title=f"{whole.title}, {part}", column=_plain(name)))
+    return found
 
 
 def _measures() -> list[Measure]:
-    found = []
-    for s in STRATA:
-        found += [
-            Measure(f"{s}_length_ratio", f"{s}: length", "x reference", _ratio(s, "length_tokens")),
-            Measure(f"{s}_gold_change", f"{s}: gold", "points", _change(s, "gold")),
-        ]
-        for name in ("direct", "evasion", "hedged", "verbose"):
-            change = _change(s, f"{name}_rate")
-            found.append(Measure(f"{s}_{name}_change", f"{s}: {name} answers", "share", change))
-        found.append(Measure(f"{s}_kl_nats", f"{s}: KL", "nats", _plain(f"final_{s}_kl_nats"), 1))
     steps = _ratio("detailed", "steps_share")
-    found.append(Measure("detailed_steps_kept", "detailed: steps", "x reference", steps))
-    rate = _plain("final_brief_verbose_rate")
-    found.append(Measure("brief_verbose_rate", "brief: verbose answers", "share", rate))
-    units = {"rm_score_sd": ("RM score", "reward sd"), "kl_nats": ("KL", "nats")}
-    units |= {"gap_courtesy_brief_sd": ("worth of one courtesy phrase", "reward sd")}
-    units |= {"gap_hedge_brief_sd": ("worth of one hedge", "reward sd")}
-    units |= {"gap_score": ("score gap in the batch", "reward sd")}
-    units |= {"gap_cost": ("KL cost gap in the batch", "reward sd")}
-    units |= {"gap_effective": ("effective reward gap in the batch", "reward sd")}
-    for side in ("verbose", "concise"):
-        units[f"fork_{side}"] = (f"advantage at the fork, {side}", "sd of advantages")
-        units[f"push_{side}"] = (f"push on {side}", "nats a step")
-        units |= {f"push_{side}_{p}": (f"push on {side}, {p}", "nats a step") for p in PARTS}
-    digits = {k: 3 if k.startswith("push") else 2 for k in units}  # a push is a few hundredths
-    return found + [Measure(k, *v, _plain(k), digits[k]) for k, v in units.items()]
+    verbose = _plain("final_brief_verbose_rate")
+    return [
+        *(measure for stratum in STRATA for measure in _of_stratum(stratum)),
+        Measure("detailed_steps_kept", "detailed: steps", TIMES, steps),
+        Measure("brief_verbose_rate", "brief: verbose answers", "share", verbose),
+        *(_as_it_stands(name) for name in PLAIN),
+        _as_it_stands("fork_verbose"),
+        *_pushes("verbose"),
+        _as_it_stands("fork_concise"),
+        *_pushes("concise"),
+    ]
 
 
-MEASURES = {m.name: m for m in _measures()}
+MEASURES = {measure.name: measure for measure in _measures()}
 
 
 def measured(rows: pd.DataFrame, names: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
@@ -90,15 +117,16 @@ def measured(rows: pd.DataFrame, names: Sequence[str] = tuple(MEASURES)) -> pd.D
 def summarise(rows: pd.DataFrame, names: Sequence[str] = tuple(MEASURES)) -> pd.DataFrame:
     """Long: remedy, measure, mean, low, high, n; the arms in the order of remedies/arms.py."""
     each = measured(rows, names)
-    order = [name for name in ARMS if name in set(each["remedy"])]
-    order += sorted(set(each["remedy"]) - set(order))  # stacks
+    known = set(each["remedy"])
+    stacks = sorted(known - set(ARMS))
     found = []
-    for remedy in order:
-        of = each.loc[each["remedy"] == remedy]
+    for remedy in [*(name for name in ARMS if name in known), *stacks]:
+        runs = each.loc[each["remedy"] == remedy]
         for name in names:
-            values = of[name].to_numpy()
-            row = {"remedy": remedy, "measure": name, **student_t(values)._asdict()}
-            found.append(row | {"n": int((~np.isnan(values)).sum())})
+            values = runs[name].to_numpy()
+            n = int((~np.isnan(values)).sum())
+            interval = student_t(values)._asdict()
+            found.append({"remedy": remedy, "measure": name, **interval, "n": n})
     return pd.DataFrame(found)
 
 
@@ -123,17 +151,31 @@ def agreement(rows: pd.DataFrame) -> pd.DataFrame:
     Arms without a push are left out, and so are the faults.
     """
     found = []
-    for remedy, of in rows.groupby("remedy", sort=False):
-        fault = of["fault"].iloc[0]
-        if remedy == fault or of["push_verbose"].isna().all():
+    for remedy, runs in rows.groupby("remedy", sort=False):
+        fault = runs["fault"].iloc[0]
+        if remedy == fault or runs[PUSH].isna().all():
             continue
-        pair = of.merge(rows[rows["remedy"] == fault], on="seed", suffixes=("", "_before"))
-        push, end = ((pair[k] - pair[f"{k}_before"]).astype(float).to_numpy() for k in PREDICTED)
-        moved, row = student_t(end), {"remedy": remedy, "push": float(np.mean(push))}
-        row |= {"moved": moved.mean, "low": moved.low, "high": moved.high}
-        row["told"] = moved.low > 0 or moved.high < 0
-        found.append(row | {"agrees": bool(np.sign(row["push"]) == np.sign(moved.mean))})
+        before = rows[rows["remedy"] == fault]
+        pair = runs.merge(before, on="seed", suffixes=("", "_before"))
+        push = (pair[PUSH] - pair[f"{PUSH}_before"]).astype(float).to_numpy()
+        end = (pair[END] - pair[f"{END}_before"]).astype(float).to_numpy()
+        found.append(_foretold(remedy, float(np.mean(push)), end))
     return pd.DataFrame(found)
+
+
+def _foretold(remedy: object, push: float, moved: np.ndarray) -> dict[str, object]:
+    """Whether the push has the sign of the mean movement over seeds [N], and whether that sign is
+    told: the movement's interval excludes 0."""
+    interval = student_t(moved)
+    return {
+        "remedy": remedy,
+        "push": push,
+        "moved": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "told": interval.low > 0 or interval.high < 0,
+        "agrees": bool(np.sign(push) == np.sign(interval.mean)),
+    }
 
 
 def levels(rows: pd.DataFrame) -> pd.DataFrame:
@@ -141,25 +183,24 @@ def levels(rows: pd.DataFrame) -> pd.DataFrame:
     the remedied run will end. remedy; push, nats a step; moved: verbose share of brief answers at
     the end minus that of the logged policy, with its interval; told and agrees as in agreement.
     """
-    of = rows[rows["push_verbose"].notna()]
-    of = of.assign(step=of["final_brief_verbose_rate"] - of["verbose_then"])
+    known = rows[rows[PUSH].notna()]
     found = []
-    for remedy, seeds in of.groupby("remedy", sort=False):
-        push = float(seeds["push_verbose"].astype(float).mean())
-        moved = student_t(seeds["step"].astype(float).to_numpy())
-        told = moved.low > 0 or moved.high < 0
-        row = {"remedy": remedy, "push": push, "moved": moved.mean, "low": moved.low}
-        row |= {"high": moved.high, "told": told}
-        found.append(row | {"agrees": bool(np.sign(push) == np.sign(moved.mean))})
+    for remedy, runs in known.groupby("remedy", sort=False):
+        push = float(runs[PUSH].astype(float).mean())
+        moved = runs["final_brief_verbose_rate"] - runs["verbose_then"]
+        found.append(_foretold(remedy, push, np.asarray(moved, dtype=float)))
     return pd.DataFrame(found)
 
 
-SHOWN = ("brief_length_ratio", "brief_gold_change", "brief_direct_change")
-SHOWN += ("brief_evasion_change", "brief_hedged_change", "detailed_length_ratio")
-SHOWN += ("detailed_gold_change", "detailed_steps_kept", "detailed_hedged_change")
-SHOWN += ("rm_score_sd", "kl_nats")
-AT_BATCH = ("gap_score", "gap_cost", "gap_effective", "fork_verbose", "fork_concise")
-AT_BATCH += ("push_verbose", "push_concise", "gap_courtesy_brief_sd", "gap_hedge_brief_sd")
+SHOWN = (
+    "brief_length_ratio", "brief_gold_change", "brief_direct_change", "brief_evasion_change",
+    "brief_hedged_change", "detailed_length_ratio", "detailed_gold_change", "detailed_steps_kept",
+    "detailed_hedged_change", "rm_score_sd", "kl_nats",
+)  # fmt: skip
+AT_BATCH = (
+    "gap_score", "gap_cost", "gap_effective", "fork_verbose", "fork_concise", "push_verbose",
+    "push_concise", "gap_courtesy_brief_sd", "gap_hedge_brief_sd",
+)  # fmt: skip
 NOTE = (
     "Means over runs, with a 95 % Student t interval over seeds (a share's interval may leave [0, "
     "1]: where seeds fall into two camps the mean describes none of them). *Repaired*: on brief "
@@ -192,74 +233,113 @@ OTHERS = (
 )
 
 
+YES = {True: "yes", False: "no"}
+PUSHED = (
+    "remedy",
+    "change of the push (nats a step)",
+    "change of brief length (tokens)",
+    "same sign",
+    "interval of the length excludes 0",
+)
+ABOUT = ("arm", "title", "acts", "equation", "cost", "source", "repairs")
+
+
 def wide(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """One row an arm, one column a measure, "mean [low, high]" as text."""
     long = summarise(rows, names)
-    cells = zip(*(long[k] for k in ("measure", "mean", "low", "high")), strict=True)
-    found = long.assign(text=[_text(m, *values) for m, *values in cells])
-    order = list(dict.fromkeys(found["remedy"]))
-    return found.pivot(index="remedy", columns="measure", values="text").loc[order, list(names)]
+    long["text"] = [
+        _text(MEASURES[row["measure"]], row["mean"], row["low"], row["high"])
+        for row in long.to_dict("records")
+    ]
+    arms = list(dict.fromkeys(long["remedy"]))
+    return long.pivot(index="remedy", columns="measure", values="text").loc[arms, list(names)]
 
 
-def _text(measure: str, mean: float, low: float, high: float) -> str:
+def _text(measure: Measure, mean: float, low: float, high: float) -> str:
     if np.isnan(mean):
         return "–"
-    sign = "" if MEASURES[measure].unit == "x reference" else "+"  # a ratio is no change
-    m, a, b = (f"{x:{sign}.{MEASURES[measure].digits}f}" for x in (mean, low, high))
-    return f"{m} [{a}, {b}]"
+    sign = "" if measure.unit == TIMES else "+"  # a ratio is no change
+    form = f"{{:{sign}.{measure.digits}f}}"
+    return f"{form} [{form}, {form}]".format(mean, low, high)
 
 
 def markdown(rows: pd.DataFrame, command: str) -> str:
     """docs/remedies.md: the whole table, with the command that made it."""
-    test = repaired(rows).set_index("remedy")["repaired"].to_dict()
-    seeds = sorted(set(rows["seed"]))
-    said = f"Made by `{command}`: every arm from nothing on seeds {', '.join(map(str, seeds))}."
-    blocks = ["# Remedies", f"{said} {NOTE}", WORDS]
-    for title, names in (("Trained outcome", SHOWN), ("The same logged batch", AT_BATCH)):
-        heads = [f"{MEASURES[n].title} ({MEASURES[n].unit})" for n in names]
-        cells = wide(rows, names).to_dict("index")
-        lines = [(k, "yes" if test[k] else "no", *cells[k].values()) for k in cells]
-        blocks += [f"## {title}", _table(("arm", "repaired", *heads), lines)]
-    blocks += ["## Push against outcome", *_agreement(rows), "## What each arm is"]
-    about = ("title", "acts", "equation", "cost", "source")
-    lines = [(name, *(getattr(r, k) for k in about), r.fault) for name, r in REMEDIES.items()]
-    blocks += [OTHERS]
-    about = (*about, "repairs")
-    return "\n\n".join([*blocks, _table(("arm", *about), lines)]) + "\n"
+    seeds = ", ".join(map(str, sorted(set(rows["seed"]))))
+    said = f"Made by `{command}`: every arm from nothing on seeds {seeds}."
+    blocks = [
+        "# Remedies",
+        f"{said} {NOTE}",
+        WORDS,
+        "## Trained outcome",
+        _means(rows, SHOWN),
+        "## The same logged batch",
+        _means(rows, AT_BATCH),
+        "## Push against outcome",
+        _agreed(rows),
+        _table(PUSHED, _pushed(rows)),
+        "## What each arm is",
+        OTHERS,
+        _table(ABOUT, _arms()),
+    ]
+    return "\n\n".join(blocks) + "\n"
 
 
-def _agreement(rows: pd.DataFrame) -> list[str]:
-    """What the push foretold, as a paragraph and a table."""
+def _means(rows: pd.DataFrame, names: Sequence[str]) -> str:
+    """The table of these measures, each arm with the two-sided test."""
+    tests = repaired(rows).set_index("remedy")["repaired"].to_dict()
+    heads = [f"{MEASURES[name].title} ({MEASURES[name].unit})" for name in names]
+    lines = []
+    for arm, cells in wide(rows, names).to_dict("index").items():
+        lines.append([arm, YES[tests[arm]], *cells.values()])
+    return _table(["arm", "repaired", *heads], lines)
+
+
+def _agreed(rows: pd.DataFrame) -> str:
+    """What the push foretold, as a paragraph."""
     signs = agreement(rows)
-    told, bold = signs[signs["told"]], levels(rows)
+    told = signs[signs["told"]]
+    bold = levels(rows)
+    bold = bold[bold["told"]]
+    # the rival: by how much a remedy lowers the gap of the effective reward
     gaps = summarise(rows, ["gap_effective"]).set_index("remedy")["mean"]
     repairs = dict(zip(rows["remedy"], rows["fault"], strict=True))
-    fall = [gaps[name] - gaps[repairs[name]] for name in signs["remedy"]]
-    fall = pd.Series(fall, index=signs.index)
-    ranks = [signs["moved"].corr(x, method="spearman") for x in (signs["push"], fall)]
-    bold = bold[bold["told"]]
-    said = (
+    fall = pd.Series([gaps[name] - gaps[repairs[name]] for name in signs["remedy"]])
+    by_push = signs["moved"].corr(signs["push"], method="spearman")
+    by_gap = signs["moved"].corr(fall, method="spearman")
+    return (
         f"Of {len(signs)} arms with a push, {len(told)} change the length of brief answers by "
         f"an amount whose interval excludes zero; in {int(told['agrees'].sum())} of those the push "
         "on verbose answers changes in the same direction. (Both against the arm that is repaired, "
         f"paired by seed.) {int((told['moved'] < 0).sum())} of them end shorter, so that a "
         "constant answer does as well. In order of size the two changes go together (rank "
-        f"correlation {ranks[0]:.2f} over all {len(signs)}; that of the effective gap and length: "
-        f"{ranks[1]:.2f}). The bolder reading was tried first: the sign of the push itself says on "
+        f"correlation {by_push:.2f} over all {len(signs)}; that of the effective gap and length: "
+        f"{by_gap:.2f}). The bolder reading was tried first: the sign of the push itself says on "
         "which side of the logged policy the run ends. It holds for "
         f"{int(bold['agrees'].sum())} of the {len(bold)} arms whose side is told."
     )
-    yes, lines = {True: "yes", False: "no"}, []
-    for r in signs.to_dict("records"):
-        ends = "{moved:+.1f} [{low:+.1f}, {high:+.1f}]".format(**r)
-        lines.append((r["remedy"], f"{r['push']:+.3f}", ends, yes[r["agrees"]], yes[r["told"]]))
-    heads = ("remedy", "change of the push (nats a step)", "change of brief length (tokens)")
-    heads = (*heads, "same sign", "interval of the length excludes 0")
-    return [said, _table(heads, lines)]
 
 
-def _table(heads: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(
-        f"| {' | '.join(str(x).replace('|', chr(92) + '|') for x in r)} |" for r in rows
-    )
+def _pushed(rows: pd.DataFrame) -> list[list[str]]:
+    """The lines of the table of pushes and ends, in the order of PUSHED."""
+    lines = []
+    for arm in agreement(rows).to_dict("records"):
+        push = "{push:+.3f}".format(**arm)
+        moved = "{moved:+.1f} [{low:+.1f}, {high:+.1f}]".format(**arm)
+        lines.append([arm["remedy"], push, moved, YES[arm["agrees"]], YES[arm["told"]]])
+    return lines
+
+
+def _arms() -> list[list[str]]:
+    """The lines of the table of remedies, in the order of ABOUT."""
+    lines = []
+    for name, arm in REMEDIES.items():
+        lines.append([name, arm.title, arm.acts, arm.equation, arm.cost, arm.source, arm.fault])
+    return lines
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown; a bar within a cell opens no column."""
+    cells = [[text.replace("|", r"\|") for text in line] for line in lines]
+    table = pd.DataFrame(cells, columns=list(heads))
+    return table.to_markdown(index=False, disable_numparse=True)

@@ -20,8 +20,8 @@ from minirlhf.autopsy import Convention, follow, push, rescored, split
 from minirlhf.desk import PreferenceConfig, make_pairs, raw_bias
 from minirlhf.drift import Recipe, changed, kinds, shipped
 from minirlhf.lab.panels.remedy import (
+    distance_figure,
     forest_figure,
-    frontier_figure,
     push_figure,
     remedy_table_html,
 )
@@ -522,7 +522,7 @@ print(check_add_twins(add_twins))
 
 # %% tags=["reveal"] jupyter={"outputs_hidden": true}
 print("measured:")
-Picture(frontier_figure(rows), dpi=72)
+Picture(distance_figure(rows), dpi=72)
 
 # %%
 first, *later = case.summary["history"]

@@ -22,13 +22,13 @@ from minirlhf.autopsy.battery import (
     World,
     diagnose,
     ends,
+    judge,
     lift,
-    line,
-    verdict,
+    near,
 )
 from minirlhf.autopsy.battery_desk import P0, QUESTIONS, TwoAnswerDesk, log_odds
 from minirlhf.config import PPOConfig
-from minirlhf.engine.compute import available
+from minirlhf.engine.workers import available
 from minirlhf.model import Transformer, response_outputs
 from minirlhf.oracle.closed_form import two_answer
 
@@ -143,7 +143,7 @@ def altered(traces, **how):
 
 def test_it_cannot_tell_what_is_not_on_the_list():
     traces = judged("small beta", 1)[1]
-    assert verdict(traces).causes == {SMALL}
+    assert judge(traces).causes == {SMALL}
     g = torch.Generator().manual_seed(0)
 
     def anywhere(t: Trace):
@@ -154,10 +154,10 @@ def test_it_cannot_tell_what_is_not_on_the_list():
     blind = altered(traces, net=lambda t: torch.randn(t.net.shape, generator=g).double())
     half = altered(traces, kl=lambda t: t.kl * torch.tensor([0.8, 1.0]))
     for doctored in (drifted, stated, blind, half):
-        found = verdict(doctored)
+        found = judge(doctored)
         assert found.causes is None and "cannot tell" in found.said
     unpaid = altered(traces, scores=lambda t: t.scores * 0)  # it rises although nothing is paid
-    assert verdict(unpaid).causes is None
+    assert judge(unpaid).causes is None
 
 
 def test_rewards_of_chance_alone_name_no_cause():
@@ -196,8 +196,8 @@ def test_bad_subjects_are_refused_in_one_sentence():
 
 
 def test_what_was_not_measured_speaks_against():
-    assert line("x", 1.04, 1, 0.05).fits and not line("x", 1.06, 1, 0.05).fits
-    assert not line("x", math.nan, 1, 0.05).fits
+    assert near("x", 1.04, 1, 0.05).fits and not near("x", 1.06, 1, 0.05).fits
+    assert not near("x", math.nan, 1, 0.05).fits
 
 
 def causes(name: str, seed: int):

@@ -193,7 +193,6 @@ LINES = [  # on the command line, where the exit status is not 0 and stderr has 
     ("--desk {folder}/nowhere.toml", "nowhere.toml cannot be read"),
     ("--desk {folder}/empty.toml", "empty.toml, line 1: section [slots] is missing; give it an"),
     ("--out {folder}/empty.toml", "cannot write"),
-    ("--no-such-option", "--no-such-option"),
 ]
 
 
@@ -207,6 +206,14 @@ def test_on_the_command_line(capsys, tmp_path, monkeypatch, line, sentence):
     assert status in (1, 2) and out == ""
     assert err.startswith("minirlhf: ") and err.count("\n") == 1 and sentence in err
     assert [path.name for path in tmp_path.iterdir()] == ["empty.toml"]
+
+
+def test_an_option_that_is_not_there_on_the_command_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["drift", *SMALL, "--out", str(tmp_path / "run"), "--no-such-option"])
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    out, err = capsys.readouterr()
+    assert out == "" and "Unrecognized options: --no-such-option" in err
 
 
 def test_nan_in_the_middle_on_the_command_line(capsys, tmp_path, monkeypatch):

@@ -2,7 +2,12 @@
 
 import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +95,20 @@ def test_device_rows(monkeypatch):
     assert check._device("cuda") == Row(
         "FAIL", "device", f"no cuda device for torch {torch.__version__}", "use cpu"
     )
+
+
+def test_a_torch_that_does_not_load_is_a_row_among_the_others(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "raise OSError('libtorch.so: not found')", encoding="utf-8"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    command = [sys.executable, "-m", "minirlhf.cli", "check", "--out", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": path}
+    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (1, "")
+    failed = re.findall(r"^\[FAIL\] (\w+) +(.*?)  ->", found.stdout, re.MULTILINE)
+    assert failed == [("device", "torch does not load: libtorch.so: not found")]
 
 
 def test_driver_without_a_cuda_build_warns(monkeypatch):

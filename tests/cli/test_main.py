@@ -1,10 +1,11 @@
-"""The command line in process: help, one sentence for what goes wrong, and a whole small run."""
+"""The command line in process: help, what is said of what is wrong, and a whole small run."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,7 @@ from command_line import SMALL
 from fakes_summary import summary
 
 import minirlhf
-from minirlhf.cli import main as main_module
-from minirlhf.cli.main import main
+from minirlhf.cli.main import COMMANDS, main
 from minirlhf.desk.world import Desk
 from minirlhf.engine import compute
 
@@ -78,27 +78,45 @@ def test_help_of_drift_leaves_no_setting_unexplained(capsys, monkeypatch):
     assert not [row for row in rows if not re.search(r"\s{2,}\w.*\(default", row, re.DOTALL)]
 
 
-def test_help_of_the_whole(capsys):
+def test_help_of_the_whole(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = said(capsys, "--help")
-    assert status == 0 and all(command in out for command in OPTIONS)
-    assert "--version" in out
+    assert status == 0 and "--version" in out and "minirlhf drift --help" in out
+    for command, sentence in COMMANDS.items():
+        assert re.search(rf"^ +{command} +{re.escape(sentence)}$", out, re.MULTILINE)
+        module = import_module(f"minirlhf.cli.{command}")
+        assert callable(module.run) and module.Options()
+
+
+def test_help_waits_for_nothing_heavy():
+    """Of all commands but sweep, whose grid needs torch."""
+    lines = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS if name != "sweep")]
+    code = f"""
+import sys
+from contextlib import suppress
+from minirlhf.cli.main import main
+for line in {lines}:
+    with suppress(SystemExit):
+        main(line)
+    assert not {{"torch", "joblib", "pandas"}} & set(sys.modules), line
+"""
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stderr) == (0, ""), found.stderr
+    assert found.stdout.count("usage: minirlhf") == len(lines) - 1
 
 
 def test_version(capsys):
     assert said(capsys, "--version") == (0, f"minirlhf {minirlhf.__version__}\n", "")
 
 
-# --- one sentence -------------------------------------------------------------------------------
+# --- what is wrong ------------------------------------------------------------------------------
 
 WRONG = [
     ("drift --ppo.beta -1", "--ppo.beta is -1.0; it must be at least 0"),
     ("drift --ppo.clip 1", "--ppo.clip is 1.0; it must lie between 0 and 1, for example 0.2"),
-    ("drift --ppo.clip x", "--ppo.clip: could not convert string to float: 'x'"),
     ("drift --ppo.minibatches 3", "--ppo.minibatches is 3; it must divide ppo.batch (128)"),
-    ("drift --ppo.clip-style soft", "invalid choice 'soft' for argument '--ppo.clip-style'"),
-    ("drift --ppo.bet 1", "--ppo.bet, 1; perhaps you meant --ppo.beta or --ppo."),
-    ("drift --resum", "--resum; perhaps you meant --resume"),
-    ("drift --ppo.beta", "Missing value for argument '--ppo.beta'"),
+    ("drift --ppo.kl-place none --ppo.kl-target 3", "--ppo.kl-target is 3.0; it needs a kl_place"),
     ("drift --seed -1", "--seed is -1; it must be at least 0"),
     ("drift --steps 0", "--steps is 0; it must be at least 1"),
     ("drift --sft.lr nan", "--sft.lr is nan; it must be positive"),
@@ -114,12 +132,13 @@ WRONG = [
     ("seeds --fresh -1", "--fresh is -1; it must be at least 0"),
     ("seeds --seeds 101", "--seeds is 101; it must be at most 100, where the fresh ones begin"),
     ("data --folder nowhere", "desk.toml cannot be read"),
-    ("drift stray", "stray"),
-    ("drfit", "drfit"),
+    ("sweep --jobs -1", "--jobs = -1, retries = 2: give 0 or more"),
+    ("sweep --backend dask", "minirlhf: the dask backend needs the address of a running scheduler"),
+    ("sweep --grid.beta 1 1", "grid.beta is (1.0, 1.0); give no value twice"),
+    ("remedies --steps 0", "--steps is 0; it must be at least 1"),
     ("battery --ppo.beta 0", "ppo.beta is 0; the battery scales the price of KL"),
     ("battery --refresh 0", "refresh is 0; it must be at least 1 step"),
     ("battery --gap nan", "gap is nan; it must be finite"),
-    ("", "{drift, seeds, sweep, remedies, data, check, battery}"),
 ]
 
 
@@ -127,38 +146,78 @@ WRONG = [
 def test_what_is_wrong_is_one_sentence(capsys, tmp_path, monkeypatch, line, sentence):
     monkeypatch.chdir(tmp_path)
     status, out, err = said(capsys, *line.split())
-    assert status in (1, 2) and out == ""
+    assert (status, out) == (2, "")
     assert err.startswith("minirlhf: ") and err.count("\n") == 1, err
     assert sentence in err and len(err) < 250
     assert not re.search(r"[╭│─]|Traceback|__\w+__", err), "no box, no insides"
     assert not list(tmp_path.iterdir()), "nothing was written"
 
 
+BOXES = [  # tyro's: what cannot be read, what may have been meant, and where to look
+    (
+        "drift --ppo.clip x",
+        "--ppo.clip: could not convert string to float: 'x'",
+        "--ppo.clip FLOAT",
+    ),
+    ("drift --ppo.clip-style soft", "'soft' for argument '--ppo.clip-style'", "'schulman', 'book'"),
+    ("drift --ppo.bet 1", "Unrecognized options: --ppo.bet, 1", "--ppo.beta FLOAT price of KL"),
+    ("drift --resum", "Unrecognized options: --resum", "--resume, --no-resume go on with the run"),
+    ("drift --ppo.beta", "Missing value for argument '--ppo.beta'", "Expected 1 value"),
+    ("drift stray", "Unrecognized options: stray", ""),
+    ("sweep --backend ray", "'ray' for argument '--backend'", "'sequential', 'loky', 'dask'"),
+]
+
+
+def unboxed(text: str) -> str:
+    """Its words on one line."""
+    return " ".join(re.sub(r"[╭╮╰╯│─]|-{5,}", " ", text).split())
+
+
+@pytest.mark.parametrize(("line", "what", "meant"), BOXES)
+def test_what_cannot_be_read_is_said_in_a_box(capsys, tmp_path, monkeypatch, line, what, meant):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = said(capsys, *line.split())
+    assert (status, out) == (2, "")
+    text = unboxed(err)
+    assert what in text and meant in text
+    assert text.endswith(f"minirlhf {line.split()[0]} --help")
+    assert not re.search(r"Traceback|__\w+__|Options\b|config\.", err), "no insides"
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize(("line", "what"), [("", "no command is given"), ("drfit", "'drfit'")])
+def test_what_is_no_command_is_answered_with_those_there_are(capsys, line, what):
+    status, out, err = said(capsys, *line.split())
+    usage, sentence = err.splitlines()
+    assert (status, out) == (2, "") and usage.startswith("usage: minirlhf [-h] [--version] COMMAND")
+    assert sentence.startswith("minirlhf: error: ") and what in sentence
+    assert all(command in sentence for command in COMMANDS)
+
+
 @pytest.mark.parametrize(("encoding", "columns"), [("utf-8", "40"), ("ascii", "60")])
-def test_the_sentence_is_whole_on_any_terminal(encoding, columns):
-    env = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": columns}
-    command = [
-        sys.executable,
-        "-m",
-        "minirlhf.cli",
-        "drift",
-        "--ppo.clip-style",
-        "soft",
-        "--ppo.bet",
-    ]
-    env["PYTHONPATH"] = str(ROOT)
-    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert found.returncode == 2 and found.stdout == "" and found.stderr.count("\n") == 1
-    assert "soft" in found.stderr and "minirlhf drift --help" in found.stderr
-    assert not re.search(r"[╭│─+]|--- ?-", found.stderr)
+def test_what_is_wrong_is_whole_on_any_terminal(encoding, columns):
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": columns, "PYTHONPATH": str(ROOT)}
+
+    def err(*options: str) -> str:
+        command = [sys.executable, "-m", "minirlhf.cli", "drift", *options]
+        found = subprocess.run(command, env=env, capture_output=True, timeout=60)
+        assert (found.returncode, found.stdout) == (2, b"")
+        return found.stderr.decode(encoding)
+
+    sentence = err("--ppo.beta", "-1").splitlines()
+    assert sentence == ["minirlhf: --ppo.beta is -1.0; it must be at least 0"]
+    box = err("--ppo.clip-style", "soft")
+    assert max(map(len, box.splitlines())) <= int(columns)
+    text = unboxed(box)
+    assert "'soft' for argument '--ppo.clip-style'" in text and "minirlhf drift --help" in text
 
 
 def test_a_stop_by_the_keyboard_says_how_to_go_on(capsys, monkeypatch, tmp_path):
-    def stopped(options):
+    def stopped(*given, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_module, "drift", stopped)
-    monkeypatch.setattr(main_module, "check", stopped)
+    monkeypatch.setattr("minirlhf.drift.run.Drift.run", stopped)
+    monkeypatch.setattr("minirlhf.cli.check.check", stopped)
     found = said(capsys, "drift", "--out", str(tmp_path))
     assert found == (130, "", "minirlhf: stopped; the same command with --resume goes on\n")
     assert said(capsys, "check") == (130, "", "minirlhf: stopped\n")

@@ -8,7 +8,7 @@ import torch
 from fakes import tiny_model
 
 from minirlhf import critic
-from minirlhf.critic import fit_critic
+from minirlhf.critic import fit_critic, ridge
 from minirlhf.model import response_outputs, response_states
 from minirlhf.ppo import PPO, PPOConfig
 
@@ -97,6 +97,37 @@ def test_the_fit_is_weighted_ridge_regression_by_another_solver():
     assert head.bias.tolist() == pytest.approx([found[-1]], abs=1e-6)
     left = (w * (design @ found - y) ** 2).sum() / (w * (y - (w * y).sum()) ** 2).sum()
     assert explained == pytest.approx(1 - left, abs=1e-6) and explained > 0.1
+
+
+@pytest.mark.parametrize("shrink_mean", [True, False])
+def test_ridge_is_least_squares_on_stacked_rows(shrink_mean):
+    """A penalty is one more row of data, sqrt(RIDGE) times a coefficient, that should be 0."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 5)) @ rng.normal(size=(5, 5))
+    y = x @ rng.normal(size=5) + 3 + rng.normal(size=40)  # a mean that shrinking would move
+    w = rng.exponential(size=40) ** 2
+    design = np.hstack([x, np.ones((40, 1))])
+    root = np.sqrt(w / w.sum())
+    penalty = np.sqrt(critic.RIDGE) * np.eye(6)
+    if not shrink_mean:
+        penalty = penalty[:-1]
+    rows = np.vstack([root[:, None] * design, penalty])
+    expected, *_ = np.linalg.lstsq(rows, np.hstack([root * y, np.zeros(len(penalty))]), rcond=None)
+    given = [torch.from_numpy(a) for a in (x, y, w)]
+    found = ridge(*given, shrink_mean=shrink_mean)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-10)
+    # only the weights' proportions count
+    again = ridge(given[0], given[1], 7 * given[2], shrink_mean=shrink_mean)
+    assert again.tolist() == pytest.approx(expected.tolist(), rel=1e-10)
+
+
+def test_ridge_leaves_a_mean_alone_that_it_does_not_shrink():
+    """Features around 0 say nothing of the mean: it is the weighted mean of y, or less of it."""
+    x = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64)
+    y = torch.tensor([4.0, 4.0, 10.0, 10.0], dtype=torch.float64)
+    w = torch.tensor([2.0, 2.0, 1.0, 1.0], dtype=torch.float64)
+    assert ridge(x, y, w, shrink_mean=False).tolist() == pytest.approx([0, 6])
+    assert ridge(x, y, w, shrink_mean=True).tolist() == pytest.approx([0, 6 / (1 + critic.RIDGE)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

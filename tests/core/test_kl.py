@@ -145,6 +145,7 @@ def test_kl_tokens_ignores_padding_and_interior_holes(estimator, aggregation):
     assert torch.equal(empty, torch.zeros_like(ref))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("bad", [{"estimator": "k4"}, {"aggregation": "mean"}])
 def test_unknown_options_are_named(bad):
     x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)

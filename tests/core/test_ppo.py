@@ -123,6 +123,60 @@ def test_epochs_and_minibatches_cover_the_batch(monkeypatch):
         assert rows.sort().values.tolist() == list(range(16))
 
 
+def test_progress_is_called_before_every_minibatch():
+    run, seen = start(replace(SMALL, epochs=3, minibatches=4)), []
+    rollout, _ = run.rollout()
+    run.update(rollout, progress=lambda: seen.append(run.optimiser.steps))
+    assert seen == list(range(12)) and run.optimiser.steps == 12
+
+
+def test_what_progress_raises_ends_the_update_there():
+    run, seen = start(replace(SMALL, epochs=3, minibatches=4)), []
+    rollout, _ = run.rollout()
+
+    def progress() -> None:
+        seen.append(weights(run.policy))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.update(rollout, progress=progress)
+    assert run.optimiser.steps == 2 and len(seen) == 3
+    assert torch.equal(weights(run.policy), seen[2]) and not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"value_clip": 0.2, "loss_aggregation": "sequence_mean"},
+        {"kl_place": "loss", "kl_estimator": "k2", "temperature": 0.7},
+        {"kl_place": "book_literal", "kl_aggregation": "token_mean"},
+        {"advantage": "grpo", "clip_style": "book"},
+    ],
+)
+def test_the_loss_of_log_probs_is_the_loss_of_the_policy_that_has_them(options):
+    run = start(replace(SMALL, **options))
+    rollout, _ = run.rollout()
+    run.update(rollout)  # away from the policy that sampled
+    logprobs, values = response_logprobs(
+        run.policy,
+        rollout.prompts,
+        rollout.responses,
+        rollout.mask,
+        temperature=run.config.temperature,
+    )
+    loss, metrics = run.loss(rollout)
+    again, same = run.loss_of(logprobs, values, rollout, beta=run.beta)
+    assert torch.equal(loss, again)
+    assert metrics.keys() == same.keys()
+    assert all(torch.equal(metrics[name], same[name]) for name in metrics)
+    gradients = [torch.autograd.grad(x, list(run.policy.parameters()), allow_unused=True)
+                 for x in (loss, again)]  # fmt: skip
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
 @pytest.mark.parametrize("advantage, learns", [("gae", True), ("rloo", False), ("grpo", False)])
 def test_only_gae_trains_the_critic(advantage, learns):
     run = start(replace(SMALL, advantage=advantage))
@@ -235,6 +289,23 @@ def test_a_state_is_a_copy_that_later_steps_do_not_touch():
     kept = {name: t.clone() for name, t in state.items()}
     run.step()
     assert all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, beta=0.1, kl_target=0.5, kl_horizon=100.0)]
+)
+def test_a_copy_leaves_the_run_alone_and_goes_the_same_way(config):
+    run = start(config)
+    run.step()
+    before = {name: t.clone() for name, t in run.state_dict().items()}
+    copied = run.copy()
+    ahead = [untimed(copied.step().metrics) for _ in range(2)]
+    assert copied.steps == 3 and run.steps == 1
+    after = run.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [untimed(run.step().metrics) for _ in range(2)] == ahead
+    assert torch.equal(weights(run.policy), weights(copied.policy))
 
 
 def test_dials_turned_mid_run_act_from_the_next_step():

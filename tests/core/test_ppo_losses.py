@@ -71,6 +71,7 @@ def test_at_ratio_one_the_clip_is_vacuous():
     torch.testing.assert_close(gradients[0], expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_unknown_styles_are_named():
     x, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
     with pytest.raises(ValueError, match="'shulman': use schulman, book or none"):

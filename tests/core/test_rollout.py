@@ -16,6 +16,7 @@ def test_lengths_and_last():
     assert empty.last.tolist() == [-1, 0]  # an empty answer is known as such, not scored at 0
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("field", ["mask", "logprobs", "values", "scores"])
 def test_wrong_shapes_are_named(field):
     r = fake_rollout(0)
@@ -23,6 +24,7 @@ def test_wrong_shapes_are_named(field):
         replace(r, **{field: getattr(r, field)[:-1]})
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_prompts_of_another_batch_are_refused():
     r = fake_rollout(0)
     with pytest.raises(ValueError, match="'prompts' has shape"):
@@ -38,6 +40,7 @@ def test_numbers_that_are_not_finite_are_refused(value):
         replace(r, scores=scores)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_mask_of_numbers_is_refused():
     r = fake_rollout(0)
     with pytest.raises(ValueError, match="give a bool tensor"):

@@ -21,7 +21,8 @@ STEPS = Prompt(
 def batch(answers: list[str], prompts: list[Prompt], ratios: list[float], pushes: list[float]):
     """A rollout in which every token of answer i has log-ratio ratios[i], advantage pushes[i]."""
     responses, mask = encoded(answers)
-    ratio, push = (torch.tensor(x)[:, None] * mask for x in (ratios, pushes))
+    ratio = torch.tensor(ratios, dtype=torch.float32)[:, None] * mask
+    push = torch.tensor(pushes, dtype=torch.float32)[:, None] * mask
     zeros = torch.zeros_like(ratio)
     return Rollout(
         DESK.encode(prompts), responses, mask, ratio - 3.0 * mask, -3.0 * mask, zeros, zeros[:, 0],

@@ -1,6 +1,8 @@
 """data/: as listed, small, readable, showing the case; and made anew to the same bytes."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tiny_drift import TINY, strict
 from minirlhf.audit.auditor import Auditor, answer, grade
 from minirlhf.desk.world import DeskError
 from minirlhf.drift import make_data
+from minirlhf.drift.batches import clearest
 from minirlhf.drift.data import DIALS, shipped
 from minirlhf.drift.make_data import BATCHES, COMMAND, build
 from minirlhf.drift.run import DriftConfig
@@ -190,7 +193,8 @@ def test_what_was_built_can_be_read_by_name(built):
 
 def test_the_run_before_the_clearest_batch_draws_it_again(built):
     case = shipped(built)
-    [step] = case.before_steps
+    step = clearest(case.summary["batches"], case.summary["batch"]["steps"])
+    assert [path.name for path in (built / "before").iterdir()] == [f"step_{step:03d}.safetensors"]
     smaller = {b["step"]: min(b["n_verbose"], b["n_concise"]) for b in case.summary["batches"]}
     assert smaller[step] == max(smaller[s] for s in case.summary["batch"]["steps"])
     assert case.config == TINY
@@ -255,3 +259,15 @@ def test_data_of_another_desk_is_refused(built, tmp_path):
     for read in (lambda c: c.reference, lambda c: c.policy(2), lambda c: c.reward_model()):
         with pytest.raises(StoreError, match=r"was trained with another vocabulary"):
             read(shipped(folder))
+
+
+# --- imports --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module", ["minirlhf.drift", "minirlhf.drift.config", "minirlhf.desk.config"]
+)
+def test_settings_do_not_wait_for_torch(module):
+    """`minirlhf drift --help` prints them, and torch takes a second."""
+    asked = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0

@@ -6,20 +6,29 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from joblib import register_parallel_backend
-from joblib._parallel_backends import MultiprocessingBackend
-from worker_jobs import compute, die, die_once, fail, jobs, no_room, odd, run_in_a_session, stumble
+from worker_jobs import (
+    compute,
+    die,
+    die_once,
+    fail,
+    jobs,
+    no_room,
+    odd,
+    run_in_a_session,
+    slow,
+    stumble,
+)
 
-from minirlhf.engine import compute as compute_module
 from minirlhf.engine import files
 from minirlhf.engine import jobs as jobs_module
 from minirlhf.engine.jobs import JobsFailed, NoWorkers, Workers, run_jobs
@@ -117,19 +126,18 @@ def test_nobody_fails_for_a_neighbour(retries, killers, room, monkeypatch):
     """A pool that breaks as long as a killer is among the three jobs under way."""
     lone = []
 
-    class Pool(jobs_module._Pool):
-        def outcomes(self, calls):
-            under_way = list(islice(calls, 3))
-            while under_way:
-                keys = [args[0] for _, args, _ in under_way]
-                if guilty := [key for key in keys if int(key[1:]) in killers]:
-                    lone.extend(guilty if len(keys) == 1 else [])
-                    raise RuntimeError("a worker died")
-                function, args, _ = under_way.pop(0)
-                yield function(*args)
-                under_way += islice(calls, 1)
+    def outcomes(calls):
+        under_way = list(islice(calls, 3))
+        while under_way:
+            keys = [args[0] for _, args, _ in under_way]
+            if guilty := [key for key in keys if int(key[1:]) in killers]:
+                lone.extend(guilty if len(keys) == 1 else [])
+                raise RuntimeError("a worker died")
+            function, args, _ = under_way.pop(0)
+            yield function(*args)
+            under_way += islice(calls, 1)
 
-    monkeypatch.setattr(jobs_module, "_local", lambda _: nullcontext(Pool(2)))
+    monkeypatch.setattr(jobs_module, "Parallel", lambda *_, **__: outcomes)
     with pytest.raises(JobsFailed) as info:
         run_jobs(jobs(room / "marks"), room / "out", Workers(retries=retries))
     assert str(info.value).startswith(f"{len(killers)} of 6 jobs failed {retries + 1} times")
@@ -161,11 +169,11 @@ def test_a_broken_result_file_is_made_anew(rest, room, truth):
 
 
 @contextmanager
-def started(room, backend):
+def started(room, backend, address=None):
     """The 24 jobs in a process of their own, in the middle of them; it ends with the block."""
     context = multiprocessing.get_context("forkserver")  # imports torch once for all of them
     context.set_forkserver_preload(["minirlhf.engine.jobs"])
-    run = context.Process(target=run_in_a_session, args=(room, backend))
+    run = context.Process(target=run_in_a_session, args=(room, backend, address))
     run.start()
     before, end = len(results(room / "out")), time.monotonic() + 60
     while len(results(room / "out")) == before:
@@ -257,11 +265,10 @@ def test_a_scheduler_without_workers_is_one_sentence(room, monkeypatch):
         run_jobs(jobs(room), room / "out", Workers("dask", address=none.scheduler_address))
 
 
-@pytest.mark.parametrize(("backend", "package"), [("dask", "distributed"), ("ray", "ray")])
-def test_a_missing_package_is_one_sentence(backend, package, room, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(NoWorkers, match=rf"package {package}.*pip install 'minirlhf\[{backend}\]'"):
-        run_jobs(jobs(room), room / "out", Workers(backend, address="tcp://127.0.0.1:1"))
+def test_a_missing_package_is_one_sentence(room, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(NoWorkers, match=r"package distributed.*pip install 'minirlhf\[dask\]'"):
+        run_jobs(jobs(room), room / "out", Workers("dask", address="tcp://127.0.0.1:1"))
 
 
 @pytest.mark.parametrize(
@@ -269,6 +276,7 @@ def test_a_missing_package_is_one_sentence(backend, package, room, monkeypatch):
     [
         ({"backend": "dask"}, "address of a running scheduler"),
         ({"backend": "threads"}, "unknown backend 'threads'"),
+        ({"backend": "ray"}, "unknown backend 'ray'; use one of sequential, loky, dask"),
         ({"jobs": -1}, "jobs = -1"),
         ({"retries": -1}, "retries = -1"),
     ],
@@ -280,53 +288,99 @@ def test_settings_that_cannot_be(settings, word):
 
 def test_by_default_one_process_a_core(monkeypatch, room):
     asked = []
-    monkeypatch.setattr(jobs_module, "Parallel", lambda n, **rest: asked.append(n) or list)
-    monkeypatch.setattr(compute_module, "available", lambda: 3)
-    with jobs_module._local(Workers()) as pool:
-        list(pool.outcomes(iter(())))
+
+    def parallel(n, **rest):
+        asked.append(n)
+        return lambda calls: (call for call in calls)
+
+    monkeypatch.setattr(jobs_module, "Parallel", parallel)
+    monkeypatch.setattr(jobs_module, "available", lambda: 3)
+    with jobs_module._local(Workers(), {}) as outcomes:
+        list(outcomes([]))
     assert asked == [3]
 
 
-def fake_ray(init):
-    """Stands in for ray: its joblib backend is a MultiprocessingBackend, here of one process."""
-    ray = ModuleType("ray")
-    found = {"is_initialized": lambda: False, "cluster_resources": lambda: {"CPU": 1.0}}
-    ray.__dict__.update(found, init=init, shutdown=lambda: init("shutdown"))
-    util = ModuleType("ray.util.joblib")
-    util.register_ray = lambda: register_parallel_backend("ray", MultiprocessingBackend)  # type: ignore
-    return {"ray": ray, "ray.util": SimpleNamespace(), "ray.util.joblib": util}
+@pytest.mark.parametrize("limit", [1, 2])
+def test_no_more_are_under_way_than_asked_for(limit, room, cluster, truth):
+    """Of 24 jobs on two workers: marks that they leave at both ends show how many overlap."""
+    workers = Workers("dask", limit, cluster)
+    out = run_jobs(jobs(room / "marks", 24, slow), room / "out", workers)
+    assert len(out) == 24 and truth[0].items() <= out.items()
+    ended = [int(name.split("-")[-1]) for name in marks(room / "marks")]
+    begun = [int(name.split("-")[-1]) for name in marks(room / "marks", "begun")]
+    moments = sorted([(at, 1) for at in begun] + [(at, -1) for at in ended])
+    assert len(begun) == len(ended) == 24
+    assert np.cumsum([change for _, change in moments]).max() == limit
 
 
-def test_ray_writes_after_every_slice(room, truth, monkeypatch):
-    """Against a stand-in: ray itself is no dependency of the tests."""
-    asked, there = [], []
-    for name, module in fake_ray(lambda *args, **_: asked.append(args)).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    out = run_jobs(
-        jobs(room / "marks"),
-        room / "out",
-        Workers("ray", address="ray://there"),
-        lambda *x: there.append((len(marks(room / "marks")), len(results(room / "out")))),
-    )
-    assert (out, results(room / "out")) == truth
-    assert there == [(n, n) for n in range(1, 7)], "each written before the next began"
-    assert asked == [("ray://there",), ("shutdown",)]
+@posix
+def test_ctrl_c_cancels_what_the_cluster_has_not_begun(room, cluster, truth):
+    with started(room, "dask", cluster) as run:
+        os.killpg(run.pid, signal.SIGINT)
+        run.join(timeout=20)
+        assert run.exitcode == 1, "an interrupt like any other"
+        time.sleep(0.3)  # a job that a worker has begun goes on to its end
+        ran = len(marks(room / "marks"))
+        assert ran < 20
+        time.sleep(0.5)
+        assert len(marks(room / "marks")) == ran, "a worker takes further jobs"
+    again = run_jobs(jobs(room / "marks"), room / "again", Workers("dask", 2, cluster))
+    assert again == truth[0], "the cluster is there for the next call"
 
 
-def test_an_unreachable_ray_is_one_sentence(room, monkeypatch):
-    def init(*args, **_):
-        raise ConnectionError("no\nbody")
+@pytest.fixture
+def scheduler(tmp_path):
+    """A scheduler and a worker, each a process of its own: (address, the scheduler)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
 
-    for name, module in fake_ray(init).items():
-        monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(NoWorkers, match="cannot reach a ray cluster at ray://there") as info:
-        run_jobs(jobs(room), room / "out", Workers("ray", address="ray://there"))
-    assert "\n" not in str(info.value)
+    def process(kind, *words):
+        return subprocess.Popen(
+            [sys.executable, "-m", f"distributed.cli.{kind}", *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # for worker_jobs
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    host, port = address.split(":")
+    made = process("dask_scheduler", "--host", host, "--port", port, "--no-dashboard")
+    options = ["--nthreads", "1", "--no-nanny", "--no-dashboard"]
+    worker = process("dask_worker", f"tcp://{address}", *options)
+    yield f"tcp://{address}", made
+    for each in (worker, made):
+        each.kill()
+        each.wait()
+
+
+def test_a_scheduler_that_goes_away_is_one_sentence(room, scheduler):
+    address, made = scheduler
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_connection(address[6:].split(":"), timeout=1):
+            break
+        time.sleep(0.1)
+    killed = []
+
+    def kill(*_):
+        if not killed:
+            killed.append(time.monotonic())
+            made.kill()
+
+    with pytest.raises(NoWorkers, match=rf"lost the dask scheduler at {address}; .* kept") as info:
+        run_jobs(jobs(room, 24, slow), room / "out", Workers("dask", address=address), kill)
+    assert time.monotonic() - killed[0] < jobs_module.SECONDS and "\n" not in str(info.value)
+    kept = len(results(room / "out"))
+    assert 1 <= kept < 24
+    before = len(marks(room))
+    assert len(run_jobs(jobs(room, 24, slow), room / "out", Workers("loky", 2))) == 24
+    assert len(marks(room)) - before == 24 - kept
 
 
 # Last, for these leave no workers behind: new ones take seconds.
-@pytest.mark.parametrize("backend", ["sequential", "loky"])
-def test_a_full_disk_is_one_sentence(backend, room, truth, monkeypatch, recwarn):
+@pytest.mark.parametrize("backend", ["sequential", "dask", "loky"])
+def test_a_full_disk_is_one_sentence(backend, room, truth, monkeypatch, recwarn, request):
     replace, n = Path.replace, []
 
     def full(self, target):
@@ -338,7 +392,7 @@ def test_a_full_disk_is_one_sentence(backend, room, truth, monkeypatch, recwarn)
     tasks = jobs(room / "marks")
     with monkeypatch.context() as patch, pytest.raises(files.StoreError) as info:
         patch.setattr(Path, "replace", full)
-        run_jobs(tasks, room / "out", Workers(backend, 2))
+        run_jobs(tasks, room / "out", workers_of(backend, request))
     assert "No space left" in str(info.value) and "\n" not in str(info.value)
     assert len(results(room / "out")) == 2 and not list((room / "out").glob(".*"))
     assert not [w for w in recwarn if "cancelled" in str(w.message)]

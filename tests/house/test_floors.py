@@ -112,6 +112,26 @@ def long_parts(name, source):
     return bad
 
 
+def squeezed(name, source):
+    """Arguments packed into a tuple on one line, to be splatted into a call on another."""
+    bad = []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        parts = [*ast.walk(function)]
+        packed = {
+            target.id
+            for node in parts
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for call in (node for node in parts if isinstance(node, ast.Call)):
+            splats = {ast.unparse(x.value) for x in call.args if isinstance(x, ast.Starred)}
+            bad += [f"{name}:{call.lineno}: {x} is packed to be splatted" for x in splats & packed]
+    return bad
+
+
 def out_of_limits(wings):
     """What is larger or denser than its wing may be."""
     bad = []
@@ -191,6 +211,7 @@ def test_module_keeps_the_house_rules(name):
     source = SOURCES[name]
     assert not floor_breaches(name, source)
     assert not long_parts(name, source)
+    assert not squeezed(name, source)
     assert not unsafe(name, source)
     assert ast.get_docstring(ast.parse(source)), "a module opens with what it is"
 
@@ -262,6 +283,12 @@ def test_planted_size_and_density_are_caught():
     assert out_of_limits({"oracle": squeezed}) == ["oracle: 33.0 tokens a line, the limit is 12.0"]
     assert too_dense({Path("kl.py"): squeezed})
     assert out_of_limits({"attic": plain}) == ["attic has no limit"]
+
+
+def test_planted_splat_is_caught():
+    assert squeezed("kl", "def f(a, b):\n    given = (a, b)\n    return g(*given)\n")
+    assert not squeezed("kl", "def f(*given):\n    return g(*given)\n")
+    assert not squeezed("kl", "def f(a):\n    parts = a.split()\n    return g(*parts)\n")
 
 
 def test_what_is_no_code_is_not_counted():

@@ -26,7 +26,6 @@ from minirlhf.lab.panels.batch_plots import (
     fork_figure,
     lorenz_figure,
     part_means,
-    ratio_figure,
     waterfall_figure,
 )
 from minirlhf.lab.picture import Panel
@@ -414,13 +413,6 @@ def test_the_lorenz_curve_of_one_token_and_of_equal_ones():
     assert "A fifth of the tokens carries 100%" in lorenz_figure(one).get_label()
     line = lorenz_figure(torch.arange(1.0, 5.0)).axes[0].lines[0]
     assert line.get_ydata() == pytest.approx([0, 0.1, 0.3, 0.6, 1])
-
-
-def test_the_clip_cuts_rising_tokens_above_and_falling_ones_below():
-    ratio = torch.tensor([0.5, 1.0, 1.5, 2.0, 0.5, 1.0, 1.5])
-    advantages = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
-    said = ratio_figure(ratio, advantages, 0.2).get_label()
-    assert "50% of those with an advantage above 0, 33% of those with an advantage below" in said
 
 
 def test_the_colours_of_the_sides_are_not_those_of_up_and_down():

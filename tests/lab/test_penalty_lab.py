@@ -71,7 +71,7 @@ def test_both_ends_of_every_dial_draw_and_point_the_right_way(dial):
 
 def test_dots_are_runs_and_only_where_there_is_one(dial):
     shown = turn(dial, way="k1 in the reward", beta=0.1)
-    ends, moved = dial._dots[1:]
+    ends, moved = dial._run_ends, dial._run_moves
     assert torch.equal(shown["run"], tilted(P0, 0.1))
     assert np.allclose(ends.get_ydata(), tilted(P0, 0.1))
     assert np.allclose(moved.get_ydata(), tilted(P0, 0.1) - P0)
@@ -91,9 +91,9 @@ def test_push_meets_pull_where_it_ends(dial):
         logits = SHARES.logit().numpy()
         met = np.interp(GAP, pull[drawn], logits[drawn])
         assert 1 / (1 + np.exp(-met)) == pytest.approx(shown["end"], abs=0.01)
-        assert list(dial._dots[0].get_xdata()) == [shown["end"]]
+        assert list(dial._rest.get_xdata()) == [shown["end"]]
     turn(dial, way="k3 in the reward", beta=0.1, prompt=1)
-    assert "runs away" in dial.live.alt and np.isnan(dial._dots[0].get_ydata()).all()
+    assert "runs away" in dial.live.alt and np.isnan(dial._rest.get_ydata()).all()
 
 
 def test_a_peak_beyond_the_picture_is_not_given_a_place(dial):

@@ -100,7 +100,7 @@ def test_cancel_ends_the_training_and_leaves_the_old_picture():
     while "step" not in panel._note.value:
         time.sleep(0.005)
     panel.row.children[1].click()
-    assert not panel.job.is_alive()
+    assert not panel.job.thread.is_alive()
     assert "cancelled, nothing changed" in panel._note.value
     assert (panel.live.data, panel.live.alt, panel.shown["trained"]) == (picture, alt, {})
     panel.stop()  # nothing to stop: no error
@@ -109,11 +109,11 @@ def test_cancel_ends_the_training_and_leaves_the_old_picture():
 def test_a_second_start_stops_the_first_and_the_dial_stays_usable():
     panel, threads = dial(endless), threading.active_count()
     panel.start()
-    first = panel.job
+    first = panel.job.thread
     panel.controls["bias"].value = 0.02
     assert panel.shown["nearest"] == 0.02
     panel.start()
-    assert not first.is_alive() and panel.job.is_alive()
+    assert not first.is_alive() and panel.job.busy
     panel.stop()
     assert threading.active_count() == threads
 

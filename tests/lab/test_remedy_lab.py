@@ -14,8 +14,8 @@ from PIL import Image
 
 from minirlhf.lab.panels.remedy import (
     RemedyPanel,
+    distance_figure,
     forest_figure,
-    frontier_figure,
     push_figure,
     remedy_table_html,
 )
@@ -97,8 +97,8 @@ def test_forest_marks_those_that_pass_both_sides(rows):
     assert round(zones[0].x1, 2) == 1.3 and not figure.axes[3].patches
 
 
-def test_frontier_puts_every_arm_where_its_rows_are(rows):
-    figure, each = frontier_figure(rows), measured(rows)
+def test_distance_puts_every_arm_where_its_rows_are(rows):
+    figure, each = distance_figure(rows), measured(rows)
     key = {t.get_text() for t in figure.axes[2].texts}
     number = {
         re.sub(r" \(.*", "", t).split()[1]: t.split()[0] for t in key if t.strip()[0].isdigit()
@@ -114,8 +114,8 @@ def test_frontier_puts_every_arm_where_its_rows_are(rows):
     assert "none -1.5" in figure.get_label()
 
 
-def test_frontier_numbers_do_not_lie_on_each_other():
-    figure = frontier_figure(every_arm())
+def test_distance_numbers_do_not_lie_on_each_other():
+    figure = distance_figure(every_arm())
     figure.draw_without_rendering()
     for ax in figure.axes[:2]:
         numbers = [one for text in ax.texts for one in text.get_text().split(", ")]

@@ -93,10 +93,10 @@ def test_paused_and_stepped_it_is_the_uninterrupted_run_bit_for_bit(live):
     wait(lambda: len(live.history) >= 2)
     live.start()  # is running: nothing happens
     live.pause()
-    live._thread.join(SOON)
+    live.job.join(SOON)
     done = len(live.history)
     live.step()
-    wait(lambda: not live._thread.is_alive())
+    wait(lambda: not live.job.thread.is_alive())
     assert len(live.history) == done + 1
     live.run_steps(2)
     expected, weights = by_hand(live, done + 3)
@@ -139,7 +139,7 @@ def test_a_dial_turned_while_it_runs(live):
     live.controls["beta"].value = 0.4
     wait(lambda: live.history[-1]["beta"] == 0.4)
     live.pause()
-    live._thread.join(SOON)
+    live.job.join(SOON)
     betas = [row["beta"] for row in live.history]
     assert betas == sorted(betas) and set(betas) <= {0.07, 0.4} and betas[0] == 0.07
     assert list(live._lines["kl_nats", ""].get_markevery()) == [betas.index(0.4)]
@@ -152,7 +152,7 @@ def test_reset_returns_to_the_start(live):
     live.start()
     wait(lambda: len(live.history) >= 5)
     live.reset()
-    assert not live._thread.is_alive() and live.history == [] and live.run.steps == 0
+    assert not live.job.thread.is_alive() and live.history == [] and live.run.steps == 0
     assert live.values() == {"beta": 0.07, "clip": 0.2, "length_bias": 0.0455}
     live.run_steps(3)
     assert rows(live) == first
@@ -195,7 +195,7 @@ def test_a_run_that_diverges_says_so_and_can_go_on(live):
     lr, live.run.config = live.run.config.lr, replace(live.run.config, lr=1e12)
     before = live.run.state_dict()
     live.step()
-    wait(lambda: not live._thread.is_alive())
+    wait(lambda: not live.job.thread.is_alive())
     assert "stopped, and back before that step: PPO loss is nan" in live.live.view.value
     assert same(live.run.state_dict(), before) and len(live.history) == 1
     live.run.config = replace(live.run.config, lr=lr)
@@ -215,10 +215,10 @@ def test_pause_answers_at_once_while_a_step_is_in_flight(live):
     live.start()
     wait(lambda: live._says == "running")
     live.pause()
-    assert live._thread.is_alive() and live._thread.daemon
+    assert live.job.thread.is_alive() and live.job.thread.daemon
     assert "Step 0: pausing." in live.live.view.value
     held.set()
-    live._thread.join(SOON)
+    live.job.join(SOON)
     assert len(live.history) == 1 and "Step 1: paused." in live.live.view.value
 
 
@@ -226,7 +226,7 @@ def test_running_the_cell_again_stops_the_old_thread(live):
     live.start()
     wait(lambda: len(live.history) >= 1)
     again = LiveRun(small(), batch=8)
-    assert not live._thread.is_alive()
+    assert not live.job.thread.is_alive()
     assert again.history == []
     again.close()
 

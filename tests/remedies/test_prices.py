@@ -115,6 +115,7 @@ def test_an_adaptive_beta_is_multiplied_too():
         ({"kl_place": "book_literal"}, [1.0] * 3, "with kl_place book_literal leave them out"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_prices_that_nobody_would_be_charged_are_refused(changes, prices, words):
     with pytest.raises(ValueError, match=words) as caught:
         start(replace(CONFIG, **changes), prices=prices)

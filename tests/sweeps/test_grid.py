@@ -20,8 +20,8 @@ from minirlhf.drift.run import Drift
 from minirlhf.engine import jobs
 from minirlhf.engine.files import StoreError, plain
 from minirlhf.engine.jobs import JobsFailed, Workers
-from minirlhf.sweeps import grid
-from minirlhf.sweeps.grid import Cell, Grid, claim, run_cells
+from minirlhf.sweeps.cells import claim, run_cell, run_cells
+from minirlhf.sweeps.grid import Cell, Grid
 
 HERE = Path(__file__).parent
 BASE = replace(TINY, ppo=replace(TINY.ppo, kl_target=None))
@@ -152,7 +152,7 @@ def test_what_cells_share_is_trained_once_and_a_cell_alone_trains_its_own(tmp_pa
     cells = Grid(beta=(0.02, 0.2), remedy=("none", "balanced")).cells(BASE)
     rows, _ = run_cells(cells, BASE, tmp_path / "all", ONE)
     assert fitted == [3, 3]  # one of the plain pairs, one of the balanced ones
-    alone = grid.run_cell(cells[0], BASE, tmp_path / "elsewhere")
+    alone = run_cell(cells[0], BASE, tmp_path / "elsewhere")
     assert fitted == [3, 3, 3]
     assert plain(alone["row"]) in rows
 

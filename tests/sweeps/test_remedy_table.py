@@ -3,12 +3,18 @@
 import numpy as np
 import pandas as pd
 import pytest
+import tables
 
+from minirlhf.audit import measures
 from minirlhf.desk.world import STRATA
 from minirlhf.engine.intervals import student_t
+from minirlhf.remedies.arms import REMEDIES
 from minirlhf.remedies.on_batch import PARTS
 from minirlhf.sweeps.remedy_table import (
+    ABOUT,
+    AT_BATCH,
     MEASURES,
+    SHOWN,
     agreement,
     levels,
     markdown,
@@ -120,5 +126,19 @@ def test_arms_come_in_the_order_of_the_remedies_and_stacks_last():
     assert cell == "+0.00 [+0.00, +0.00]"
     text = markdown(rows, "minirlhf remedies --seeds 2")
     assert "`minirlhf remedies --seeds 2`" in text and "seeds 0, 1" in text
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.count("|") - line.count("\\|") >= 6 for line in lines)
+    lines = tables.rows(text)
+    assert {len(line) for line in lines} == {2 + len(SHOWN), 2 + len(AT_BATCH), 5, 7}
+
+
+def test_a_bar_in_a_cell_opens_no_column():
+    text = markdown(pd.DataFrame([row("none", 0), row("par", 0)]), "minirlhf remedies --seeds 1")
+    about = {line[0]: line for line in tables.rows(text.split("## What each arm is")[1])}
+    assert about["arm"] == [*ABOUT] and set(about) == {"arm", *REMEDIES}
+    assert about["calibrated"][3] == r"r - f(\|y\|)", "as Markdown wants it"
+    assert {len(line) for line in about.values()} == {len(ABOUT)}
+
+
+def test_units_are_those_of_the_table_of_measures():
+    assert MEASURES["brief_gold_change"].unit == measures.MEASURES["gold"].unit == "points"
+    assert (MEASURES["kl_nats"].unit, MEASURES["push_concise_kl"].unit) == ("nats", "nats a step")
+    assert {MEASURES[f"push_verbose_{part}"].digits for part in PARTS} == {3}

@@ -8,12 +8,11 @@ at the end of that update. Length does not follow epsilon: a push that is left i
 was gone, it may even point back. Every what-if says on screen how exact it is.
 
 Which answers another setting would have led to, one batch cannot tell. Left out: what made the
-batch (whatif.reconcile), the drawing and the still figures (batch_plots.py).
+batch (autopsy/reconciliation.py), the drawing and the still figures (batch_plots.py).
 """
 
 import html
 import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,9 +27,10 @@ from minirlhf.autopsy.parts import AdvantageParts
 from minirlhf.autopsy.pushes import length_weights
 from minirlhf.autopsy.reconciliation import recomputed
 from minirlhf.autopsy.what_ifs import WhatIf, repricer, what_if, what_if_clip
+from minirlhf.lab.background import ButtonJob, JobPanel, Stop
 from minirlhf.lab.heatmap import STYLE, heat_map, passed_up
 from minirlhf.lab.panels.batch_plots import BatchPicture, part_means, waterfall_said
-from minirlhf.lab.picture import LiveFigure, Panel
+from minirlhf.lab.picture import LiveFigure
 from minirlhf.ppo import PPO, TrainingDiverged
 from minirlhf.rollout import Rollout
 
@@ -47,10 +47,6 @@ LEFT = "words, pictures and shares show the push that is left"
 AGAIN, CANCEL = "take the update again", "cancel the update"
 
 
-class Cancelled(Exception):
-    """The reader has stopped an update."""
-
-
 class Dials(NamedTuple):
     """What an update depends on."""
 
@@ -60,19 +56,7 @@ class Dials(NamedTuple):
     refit: bool
 
 
-class Page(LiveFigure):
-    """A live figure below some HTML; both change in one message, so in one frame."""
-
-    text = ""
-
-    def redraw(self, alt: str) -> None:
-        """As LiveFigure.redraw, with `text` above the picture."""
-        with self.lock, self.view.hold_sync():
-            super().redraw(alt)
-            self.view.value = self.text + self.view.value
-
-
-class BatchPanel(Panel):
+class BatchPanel(JobPanel):
     """Three dials over one batch; `shown` holds the numbers on screen, `seen` [B, T] what a token's
     log-probability is pushed by.
 
@@ -96,11 +80,15 @@ class BatchPanel(Panel):
         run: PPO | None = None,
         features: Tensor | None = None,
     ):
-        self._batch, self._convention, self._run = rollout, convention, run
-        self._words, self._kinds = words, {"verbose": verbose, "concise": concise}
+        self._batch = rollout
+        self._convention = convention
+        self._run = run
+        self._words = words
+        self._kinds = {"verbose": verbose, "concise": concise}
         self._features = rollout.values[rollout.mask][:, None] if features is None else features
-        self._scores: dict[Any, Tensor] = {k: scores[k] for k in sorted(scores)} if scores else {}
-        self._scores = self._scores or {LOGGED: rollout.scores}
+        self._scores: dict[Any, Tensor] = {LOGGED: rollout.scores}
+        if scores:
+            self._scores = {bias: scores[bias] for bias in sorted(scores)}
         self._priced = repricer(rollout, convention, self._scores)
         names = np.full(len(rollout), "all") if strata is None else np.asarray(strata)
         self._strata = {str(s): torch.as_tensor(names == s) for s in np.unique(names)}
@@ -108,62 +96,77 @@ class BatchPanel(Panel):
         self._stops = None if rollout.ref_eos_logprobs is None else passed_up(rollout)
         self._updates: dict[Dials, Tensor | str] = {}  # slopes [B, T], or why there are none
         self._latest: dict[float, Dials] = {}  # of each epsilon's latest update
-        self._stop, self._job = threading.Event(), threading.Thread()
+        config = convention if run is None else run.config
+        self.job = ButtonJob(self.take, (AGAIN, CANCEL), config.epochs * config.minibatches)
+        self.button, self.progress = self.job.button, self.job.progress
+        self.button.layout.width = "190px"
+        self.progress.layout.width = "150px"
         controls = self._controls()
         between = [self.button, self.progress, widgets.HTML(f"<style>{STYLE}</style>")]
-        self.page = self._page(controls["beta"].max, controls["bias"].value)
-        super().__init__("batch", controls, self.page, self.show, between)
+        live = self._live_figure(controls["beta"].max, controls["bias"].value)
+        super().__init__("batch", controls, live, self.show, between)
         controls["eps"].observe(self.take, "value")
         wide = {"width": "1010px", "max_width": "100%"}
         self.layout = widgets.Layout(display="flex", flex_flow="row wrap", **wide)
 
     # ------------------------------------------------------------------ what is on screen
     def _controls(self) -> dict[str, Any]:
-        """The dials, two in a row, and epsilon's button with its progress bar."""
+        """The dials, two in a row."""
         look: Any = {"style": {"description_width": "90px"}, "layout": {"width": "49%"}}
-        beta, top = self._convention.price, 6 * self._convention.price or 0.5
+        beta = self._convention.price
+        top = 6 * beta or 0.5
+        drag: Any = {"min": 0, "max": top, "step": top / 60, "readout_format": ".3f"}
+        # the dial starts at the reward model whose scores are nearest to those of the log
         gaps = {k: float((x - self._batch.scores).abs().mean()) for k, x in self._scores.items()}
         near = min(gaps, key=gaps.__getitem__)
-        bias = [(k if k == LOGGED else f"{k:g} points a token", k) for k in self._scores]
-        eps = [(FIRST, 0.0), *((f"{e:g}", e) for e in EPSILONS)]
-        drag: Any = {"min": 0, "max": top, "step": top / 60, "readout_format": ".3f"}
+        biases = [(k if k == LOGGED else f"{k:g} points a token", k) for k in self._scores]
+        epsilons = [(FIRST, 0.0)] + [(f"{e:g}", e) for e in EPSILONS]
+        # an update is dear: it waits until the handle is let go
         late: Any = {"value": 0.0, "continuous_update": False}
-        config = self._convention if self._run is None else self._run.config
-        self.progress = widgets.IntProgress(0, 0, config.epochs * config.minibatches)
-        self.progress.layout.width, wide = "150px", widgets.Layout(width="190px")
-        self.button = widgets.Button(description=AGAIN, layout=wide)
-        self.button.on_click(lambda _: self.cancel() if self.busy else self.take())
         select = widgets.SelectionSlider
         return {
             "beta": widgets.FloatSlider(beta, **drag, description="beta", **look),
-            "bias": select(options=bias, value=near, description="length bias", **look),
-            "eps": select(options=eps, description="epsilon", **late, **look),
+            "bias": select(options=biases, value=near, description="length bias", **look),
+            "eps": select(options=epsilons, description="epsilon", **late, **look),
             "stratum": widgets.Dropdown(options=[*self._strata], description="stratum", **look),
             "refit": widgets.Checkbox(False, description="critic refitted", **look),
         }
 
-    def _page(self, top: float, bias: Any) -> Page:
+    def _live_figure(self, top: float, bias: Any) -> LiveFigure:
         """The figure, with limits for the whole range of beta and length bias."""
-        price, mask = self._convention.price, self._batch.mask
+        price = self._convention.price
+        mask = self._batch.mask
         betas = (0.0, top) if self._convention.kl_place == "reward" else (price,)
         refits = (False, True) if self._convention.advantage == "gae" else (False,)
-        corners = (*itertools.product(betas, self._scores, refits), (price, bias, False))
-        views = [self._what_if(*dials).parts for dials in corners]
-        self._limit = float(views[-1].total[mask].abs().quantile(0.95)) or 1.0
+        # at the ends of every dial, and where the batch was logged
+        ends = itertools.product(betas, self._scores, refits)
+        views = [self._what_if(*dials).parts for dials in ends]
+        start = self._what_if(price, bias, False).parts
+        views.append(start)
+        self._limit = float(start.total[mask].abs().quantile(0.95)) or 1.0
         rows = [self._rows(name) for name in self._strata]
-        sides = [part_means(parts, mask, own) for parts in views for own in rows]
-        moves = [x for parts in views for x in self._moves(parts.total).values()]
-        names, title = [*self._strata], f"length, {self._unit}"
-        self._drawn = BatchPicture(mask.shape[1], self._limit, sides, names, title, moves)
-        return Page(self._drawn.figure, self._drawn.artists, width=1000)
+        self._drawn = BatchPicture(
+            mask.shape[1],
+            self._limit,
+            sides=[part_means(parts, mask, own) for parts in views for own in rows],
+            strata=list(self._strata),
+            length=f"length, {self._unit}",
+            moves=[x for parts in views for x in self._moves(parts.total).values()],
+        )
+        return LiveFigure(self._drawn.figure, self._drawn.artists, width=1000)
 
     # ------------------------------------------------------------------ the numbers
     def _what_if(self, beta: float, bias: Any, refit: bool) -> WhatIf:
         if not refit:
             return self._priced(beta, bias)
-        given: Any = {} if beta == self._convention.price else {"beta": beta}
-        given |= {"scores": self._scores[bias], "features": self._features}
-        return what_if(self._batch, self._convention, **given)
+        changes: dict[str, Any] = {} if beta == self._convention.price else {"beta": beta}
+        return what_if(
+            self._batch,
+            self._convention,
+            scores=self._scores[bias],
+            features=self._features,
+            **changes,
+        )
 
     def _rows(self, stratum: str) -> dict[str, Tensor]:
         return {side: kind & self._strata[stratum] for side, kind in self._kinds.items()}
@@ -176,25 +179,34 @@ class BatchPanel(Panel):
         try:
             found = self._what_if(beta, bias, refit)
         except ValueError as refusal:
-            self.page.text = ABOVE.format(f"<p>{html.escape(str(refusal))}</p>", "")
+            self.live.above = ABOVE.format(f"<p>{html.escape(str(refusal))}</p>", "")
             return str(refusal)
-        slope, said = self._clip(Dials(eps, beta, bias, refit))
-        tokens = {k: x for k, x in vars(found.parts).items() if x is not None}
-        parts = AdvantageParts(**{k: x if slope is None else slope * x for k, x in tokens.items()})
-        rows, self.seen = self._rows(stratum), parts.total
-        chosen = {k: (self.seen[x], self._batch.mask[x]) for k, x in rows.items()}
-        share = {k: float((x[mask] > 0).double().mean()) for k, (x, mask) in chosen.items()}
-        sides, moves = part_means(parts, self._batch.mask, rows), self._moves(found.parts.total)
+        slope, why_clip = self._clip(Dials(eps, beta, bias, refit))
+        tokens = {name: x for name, x in vars(found.parts).items() if x is not None}
+        if slope is not None:
+            tokens = {name: slope * x for name, x in tokens.items()}
+        parts = AdvantageParts(**tokens)
+        self.seen = parts.total
+        rows = self._rows(stratum)
+        chosen = {side: (self.seen[own], self._batch.mask[own]) for side, own in rows.items()}
+        share = {side: float((x[mask] > 0).double().mean()) for side, (x, mask) in chosen.items()}
+        sides = part_means(parts, self._batch.mask, rows)
+        moves = self._moves(found.parts.total)
         self.shown = {"sides": sides, "positive": share, "length": moves, **found.figures}
         self._drawn.draw(sides, share, moves, chosen)
-        whys = {"beta, length bias": found.why, "epsilon": said, "length": f"{self._why}; {BEFORE}"}
-        self.page.text = ABOVE.format(self._map(rows), _lines(whys))
-        up = ", ".join(f"{k} {x:.0%}" for k, x in share.items())
-        length = ", ".join(f"{k} {x:+.2f}" for k, x in moves.items())
+        lines = (
+            LINE.format("beta, length bias", html.escape(found.why)),
+            LINE.format("epsilon", html.escape(why_clip)),
+            LINE.format("length", html.escape(f"{self._why}; {BEFORE}")),
+        )
+        self.live.above = ABOVE.format(self._map(rows), "".join(lines))
+        up = ", ".join(f"{side} {x:.0%}" for side, x in share.items())
+        length = ", ".join(f"{name} {x:+.2f}" for name, x in moves.items())
+        before = f", {BEFORE}" if eps else ""
         return (
             f"Beta {beta:.3f}, length bias {bias}, epsilon {eps or FIRST}; {stratum} prompts. "
             f"{waterfall_said(sides)}. Tokens pushed up: {up}. "
-            f"Length, {self._unit}{f', {BEFORE}' if eps else ''}: {length}."
+            f"Length, {self._unit}{before}: {length}."
         )
 
     def _map(self, rows: Mapping[str, Tensor]) -> str:
@@ -204,21 +216,23 @@ class BatchPanel(Panel):
         for side, kind in rows.items():
             own = (kind & (lengths > 0)).nonzero().squeeze(1)
             if len(own):
-                at[side] = int(own[lengths[own].argsort()[len(own) // 2]])
+                by_length = own[lengths[own].argsort()]
+                at[side] = int(by_length[len(own) // 2])
         if not at:
             return "<p>This stratum has no verbose and no concise answer.</p>"
-        words, chosen = [self._words[row] for row in at.values()], torch.tensor([*at.values()])
-        given: Any = {"unit": "unit of advantages", "limit": self._limit, "titles": [*at]}
-        given["stops"] = None if self._stops is None else self._stops[chosen]
-        page = heat_map(words, self.seen[chosen], self._batch.mask[chosen], **given)
+        chosen = torch.tensor(list(at.values()))
+        page = heat_map(
+            [self._words[row] for row in at.values()],
+            self.seen[chosen],
+            self._batch.mask[chosen],
+            unit="unit of advantages",
+            limit=self._limit,
+            titles=list(at),
+            stops=None if self._stops is None else self._stops[chosen],
+        )
         return page.removeprefix(f"<style>{STYLE}</style>")  # it stands in the panel, once
 
     # ------------------------------------------------------------------ epsilon's update
-    @property
-    def busy(self) -> bool:
-        """An update is under way."""
-        return self._job.is_alive() and not self._stop.is_set()
-
     def _clip(self, dials: Dials) -> tuple[Tensor | None, str]:
         """Slopes [B, T] that the clip leaves at these dials (None: all of them), and why."""
         if not dials.eps:
@@ -238,63 +252,42 @@ class BatchPanel(Panel):
         return slope, f"approximate: {said} at the end of the update with {where}; press the button"
 
     def take(self, _change: Any = None) -> None:
-        """Take the update again with what the dials say now, on a thread of its own."""
+        """Take the update again with what the dials say now, on a thread of its own.
+
+        One under way is cancelled, and leaves nothing behind.
+        """
         self.cancel()
-        dials = Dials(*(self.values()[name] for name in Dials._fields))
-        if not dials.eps or dials in self._updates:
-            return
-        self._stop = stop = threading.Event()
-        self.progress.value, self.button.description = 0, CANCEL
-        self._job = threading.Thread(target=self._work, args=(dials, stop), daemon=True)
-        self._job.start()
-        self.update()
+        now = self.values()
+        dials = Dials(now["eps"], now["beta"], now["bias"], now["refit"])
+        if dials.eps and dials not in self._updates:
+            self.job.start(lambda stop: self._work(dials, stop))
+            self.update()
 
-    def cancel(self) -> None:
-        """Stop an update under way; it leaves nothing behind."""
-        self._stop.set()
-        self.button.description = AGAIN
-
-    def wait(self) -> None:
-        """Until the update under way has ended."""
-        if self._job.ident is not None:
-            self._job.join()
-
-    def _work(self, dials: Dials, stop: threading.Event) -> None:
+    def _work(self, dials: Dials, stop: Stop) -> None:
         def watch() -> None:
-            if stop.is_set():
-                raise Cancelled
+            stop.check()
             self.progress.value += 1
 
         try:
             self._updates[dials] = self._slopes(dials, watch)
-        except Cancelled:
-            pass
         except (ValueError, TrainingDiverged) as refusal:
             self._updates[dials] = str(refusal)
-        if dials in self._updates:
-            self._latest[dials.eps] = dials
-        if not stop.is_set():
-            self.button.description = AGAIN
-        self.update()
+        finally:
+            if dials in self._updates:
+                self._latest[dials.eps] = dials
+            self.update()
 
     def _slopes(self, dials: Dials, watch: Callable[[], None]) -> Tensor:
         """What the clip leaves of this batch's update with the advantages of these dials."""
         after = replace(self._convention, beta=dials.beta)
         batch = replace(self._batch, scores=self._scores[dials.bias])
-        found = self._what_if(dials.beta, dials.bias, dials.refit).advantages
-        dtype, returns = self._batch.logprobs.dtype, recomputed(batch, after)["returns"]
-        batch = replace(batch, advantages=found.to(dtype), returns=returns.to(dtype))
+        advantages = self._what_if(dials.beta, dials.bias, dials.refit).advantages
+        returns = recomputed(batch, after)["returns"]
+        dtype = self._batch.logprobs.dtype
+        batch = replace(batch, advantages=advantages.to(dtype), returns=returns.to(dtype))
         config = replace(after if self._run is None else self._run.config, clip=dials.eps)
-        ones = AdvantageParts(*[torch.ones_like(found)] * 3)
+        # parts of 1: what is left of them is the slope itself
+        one = torch.ones_like(advantages)
+        ones = AdvantageParts(one, one, one)
         with torch.enable_grad():  # a new thread has its own mode
             return what_if_clip(batch, ones, config, run=self._run, progress=watch).parts.reward
-
-    def close(self) -> None:
-        """As Panel.close; an update under way is stopped."""
-        self.cancel()
-        super().close()
-
-
-def _lines(whys: Mapping[str, str]) -> str:
-    """How exact each what-if is, a line each."""
-    return "".join(LINE.format(name, html.escape(why)) for name, why in whys.items())

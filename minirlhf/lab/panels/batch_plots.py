@@ -1,11 +1,10 @@
-"""Figures of one batch: advantages in parts, the fork, who carries the KL, what a clip cuts.
+"""Figures of one batch: advantages in parts, the fork, who carries the KL.
 
 Each takes numbers of a Rollout and returns a Figure whose label is its sentence. The waterfall's
 bars move under the dials of `batch.BatchPanel`. Left out: how a batch is split
-(autopsy/parts.py), the words' heat map (heatmap.py), the sweep over epsilon (updates.py).
+(autopsy/parts.py), the words' heat map (lab/heatmap.py), the sweep over epsilon (updates.py).
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from minirlhf.autopsy.parts import AdvantageParts
 from minirlhf.lab.heatmap import ENDS
-from minirlhf.lab.panels.updates import BINS, _counts
-from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, blank, tidy
+from minirlhf.lab.plots import GREEN, GREY, INK, PURPLE, VERMILLION, blank, tidy
 from minirlhf.model import Transformer, response_outputs
 from minirlhf.rollout import Rollout
 
@@ -28,9 +26,8 @@ SIDE: dict[str, dict[str, Any]] = {  # no blue and no orange: they say up and do
     "verbose": {"color": PURPLE},
     "concise": {"color": GREEN, "hatch": "//", "edgecolor": "white"},
 }
-SIGNS = LinearSegmentedColormap.from_list(
-    "signs", [tuple(c / 255 for c in end) for end in (ENDS["n"], (255, 255, 255), ENDS["p"])]
-).with_extremes(bad="#E4E4E4")  # the heat map's colours
+HUES = np.array([ENDS["n"], (255, 255, 255), ENDS["p"]]) / 255  # the heat map's
+SIGNS = LinearSegmentedColormap.from_list("signs", HUES).with_extremes(bad="#E4E4E4")
 PARTS = ("reward", "kl", "baseline", "shift", "total")
 Sides = Mapping[str, Mapping[str, float]]
 
@@ -40,13 +37,14 @@ def part_means(parts: AdvantageParts, mask: Tensor, sides: Mapping[str, Tensor])
 
     nan for a side without answers; "total" is the sum of the parts.
     """
-    n, found = mask.sum(1).clamp(min=1), {}
+    n = mask.sum(1).clamp(min=1)
     tokens = {name: x for name, x in vars(parts).items() if x is not None}
+    answers = {name: torch.where(mask, x, 0.0).sum(1) / n for name, x in tokens.items()}  # [B]
+    found = {}
     for side, rows in sides.items():
         chosen = rows & mask.any(1)
-        means = {k: (torch.where(mask, x, 0.0).sum(1) / n)[chosen] for k, x in tokens.items()}
-        found[side] = {k: float(x.mean()) for k, x in means.items()}
-        found[side]["total"] = sum(found[side].values())
+        means = {name: float(x[chosen].mean()) for name, x in answers.items()}
+        found[side] = {**means, "total": sum(means.values())}
     return found
 
 
@@ -54,9 +52,10 @@ def draw_waterfall(ax: Axes, sides: Sides) -> dict[str, Any]:
     """Bars of both sides in `ax`; `move_waterfall` moves them."""
     ax.axhline(0, color=INK, lw=1)
     ax.set_xticks(range(len(PARTS)), PARTS)
-    shifted = zip(SIDE, (-0.2, 0.2), strict=True)
-    where = {side: np.arange(len(PARTS)) + by for side, by in shifted}
-    bars = {s: ax.bar(x, 0.0, 0.38, label=s, lw=0, **SIDE[s]) for s, x in where.items()}
+    bars = {}
+    for side, shift in zip(SIDE, (-0.2, 0.2), strict=True):
+        places = np.arange(len(PARTS)) + shift
+        bars[side] = ax.bar(places, 0.0, 0.38, label=side, lw=0, **SIDE[side])
     move_waterfall(bars, sides)
     return bars
 
@@ -71,12 +70,17 @@ def move_waterfall(bars: Mapping[str, Any], sides: Sides) -> None:
 def _falls(means: Mapping[str, float]) -> list[tuple[float, float]]:
     """Where each bar starts and how far it goes; nothing where a side has no answers."""
     sizes = [float(np.nan_to_num(means.get(part, 0.0))) for part in PARTS]
-    return list(zip([0.0, *np.cumsum(sizes[:-2]), 0.0], sizes, strict=True))
+    starts = [0.0, *np.cumsum(sizes[:-2]), 0.0]
+    return list(zip(starts, sizes, strict=True))
 
 
 def waterfall_span(*views: Sides) -> tuple[float, float]:
     """Limits that hold the bars of every view, with air."""
-    ends = [x for sides in views for m in sides.values() for a, n in _falls(m) for x in (a, a + n)]
+    ends = []
+    for sides in views:
+        for means in sides.values():
+            for start, size in _falls(means):
+                ends += [start, start + size]
     air = 0.06 * (max(ends) - min(ends)) + 1e-9
     return min(ends) - air, max(ends) + air
 
@@ -102,8 +106,9 @@ class BatchPicture:
             width_ratios=(4, 4, 2.4),
         )
         place: Any = {"extent": (0, wide, 0, 1), "aspect": "auto", "interpolation": "nearest"}
-        place |= {"cmap": SIGNS, "vmin": -limit, "vmax": limit}
-        self._images = {k: axes[k].imshow(np.full((1, wide), np.nan), **place) for k in SIDE}
+        colours: Any = {"cmap": SIGNS, "vmin": -limit, "vmax": limit}
+        empty = np.full((1, wide), np.nan)
+        self._images = {side: axes[side].imshow(empty, **place, **colours) for side in SIDE}
         for side in SIDE:
             axes[side].set(yticks=[], xticks=range(0, wide + 1, 12) if side == "concise" else [])
             axes[side].set_ylabel(side, fontsize=12)
@@ -116,8 +121,11 @@ class BatchPicture:
         self._shares = _rows(axes["share"], "tokens pushed up", [*SIDE], (0, 1))
         reach = max(map(abs, moves)) * 1.05 + 1e-9
         self._moves = _rows(axes["length"], length, strata, (-reach, reach))
-        rows = (*self._bars.values(), *self._shares, *self._moves)
-        self.artists = [*self._images.values(), *itertools.chain(*rows)]
+        self.artists = list(self._images.values())
+        for bars in self._bars.values():
+            self.artists += bars
+        for bars, texts in (self._shares, self._moves):
+            self.artists += bars + texts
 
     def draw(
         self,
@@ -133,13 +141,8 @@ class BatchPicture:
             picture = torch.where(mask, x, torch.nan)[order].numpy(force=True)
             empty = np.full((1, mask.shape[1]), np.nan)
             self._images[side].set_data(picture if len(picture) else empty)
-        for (bars, texts), values, form in (
-            (self._shares, share, "{:.0%}"),
-            (self._moves, moves, "{:+.2f}"),
-        ):
-            for bar, text, x in zip(bars, texts, values.values(), strict=True):
-                bar.set_width(np.nan_to_num(x))
-                text.set_text("none" if np.isnan(x) else form.format(x))
+        _move_rows(self._shares, share, ".0%")
+        _move_rows(self._moves, moves, "+.2f")
 
 
 def _rows(ax: Axes, title: str, names: Sequence[str], limits: tuple[float, float]) -> Any:
@@ -150,9 +153,17 @@ def _rows(ax: Axes, title: str, names: Sequence[str], limits: tuple[float, float
     ax.set(xlim=limits, ylim=(len(names) - 0.4, -0.6), xticks=[])
     ax.set_yticks(range(len(names)), names, fontsize=11)
     bars = ax.barh(range(len(names)), 0.0, color="#BBBBBB", height=0.6)
-    where: Any = {"ha": "right", "va": "center", "fontsize": 12, "parse_math": False}
-    where["transform"] = ax.get_yaxis_transform()
-    return list(bars), [ax.text(0.98, i, "", **where) for i in range(len(names))]
+    look: Any = {"ha": "right", "va": "center", "fontsize": 12, "parse_math": False}
+    at_edge = ax.get_yaxis_transform()
+    texts = [ax.text(0.98, i, "", transform=at_edge, **look) for i in range(len(names))]
+    return list(bars), texts
+
+
+def _move_rows(rows: Any, values: Mapping[str, float], form: str) -> None:
+    bars, texts = rows
+    for bar, text, value in zip(bars, texts, values.values(), strict=True):
+        bar.set_width(np.nan_to_num(value))
+        text.set_text("none" if np.isnan(value) else format(value, form))
 
 
 def waterfall_figure(sides: Sides) -> Figure:
@@ -189,16 +200,19 @@ def fork(
     {token: its mean advantage} of the batch's answers that reached the same words."""
     assert rollout.advantages is not None
     one = rollout.select(torch.tensor([row]))
-    with torch.no_grad():
-        given = (one.prompts, one.responses, one.mask)
-        logits = [response_outputs(m, *given)[0][0, at] for m in (policy, reference)]
+
+    def shares(model: Transformer) -> Tensor:
+        with torch.no_grad():
+            logits, _ = response_outputs(model, one.prompts, one.responses, one.mask)
+        return (logits[0, at] / temperature).softmax(-1)
+
+    # the answers of the batch that came to the same fork
     there = (rollout.prompts == one.prompts).all(1) & rollout.mask[:, at]
     there &= (rollout.responses[:, :at] == one.responses[:, :at]).all(1)
-    taken = rollout.responses[there, at].tolist()
+    taken = rollout.responses[there, at]
     earned = rollout.advantages[there, at].double()
-    means = {w: float(earned[torch.tensor(taken) == w].mean()) for w in set(taken)}
-    p, p0 = ((x / temperature).softmax(-1) for x in logits)
-    return p, p0, means
+    means = {word: float(earned[taken == word].mean()) for word in set(taken.tolist())}
+    return shares(policy), shares(reference), means
 
 
 def fork_figure(
@@ -217,11 +231,9 @@ def fork_figure(
     tidy(left, "at the fork", "probability")
     tidy(right, "advantage, where taken", "unit of advantages")
     y = np.arange(len(shown))
-    for x, by, name, look in (
-        (policy, -0.2, "policy", {"color": GREEN}),
-        (reference, 0.2, "reference", {"color": GREY, "hatch": "//", "edgecolor": "white"}),
-    ):
-        left.barh(y + by, x[shown].tolist(), 0.38, label=name, lw=0, **look)
+    hatched: Any = {"color": GREY, "hatch": "//", "edgecolor": "white"}
+    left.barh(y - 0.2, policy[shown].tolist(), 0.38, label="policy", lw=0, color=GREEN)
+    left.barh(y + 0.2, reference[shown].tolist(), 0.38, label="reference", lw=0, **hatched)
     earned = [advantages.get(w, np.nan) for w in shown]
     right.barh(y, earned, 0.5, color=INK)
     right.axvline(0, color=INK, lw=1)
@@ -250,9 +262,9 @@ def lorenz_figure(log_ratio: Tensor) -> Figure:
     """Lorenz curve of |log-ratio| [N] over tokens: how few of them carry the KL."""
     x = log_ratio.double().abs().sort().values.numpy(force=True)
     curve = np.concatenate([[0.0], np.cumsum(x) / x.sum()])
-    figure, of = blank(5.2, 4), np.linspace(0, 1, len(curve))
+    figure = blank(5.2, 4)
     ax = tidy(figure.subplots(), "", "share of tokens, smallest first", "share of |log-ratio|")
-    ax.plot(of, curve, color=VERMILLION, lw=3)
+    ax.plot(np.linspace(0, 1, len(curve)), curve, color=VERMILLION, lw=3)
     ax.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1.5)
     ax.text(0.35, 0.42, "all alike", color=GREY, fontsize=12, rotation=38)
     ax.set(xlim=(0, 1), ylim=(0, 1))
@@ -260,26 +272,4 @@ def lorenz_figure(log_ratio: Tensor) -> Figure:
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     top = concentration(log_ratio.abs())
     figure.set_label(f"A fifth of the tokens carries {top:.0%} of all |log-ratio|.")
-    return figure
-
-
-def ratio_figure(ratio: Tensor, advantages: Tensor, eps: float) -> Figure:
-    """Ratios after an update by the sign of the advantage, [N] each: what the clip cuts is shaded.
-
-    A rising token is cut above 1 + eps, a falling one below 1 - eps.
-    """
-    figure = blank(9, 3.6)
-    said = []
-    for ax, name, sign in zip(figure.subplots(1, 2), ("above", "below"), (1, -1), strict=True):
-        here = ratio[advantages * sign > 0].numpy(force=True)
-        edge = 1 + sign * eps
-        tidy(ax, f"advantage {name} 0", "new / old probability", "tokens (log)")
-        ax.stairs(_counts(here), BINS, color=(BLUE, VERMILLION)[sign < 0], lw=2.5, baseline=0.5)
-        ax.axvspan(*((edge, BINS[-1]) if sign > 0 else (BINS[0], edge)), color=ORANGE, alpha=0.4)
-        ax.set(xscale="log", yscale="log", xlim=(BINS[0], BINS[-1]), ylim=(0.5, None))
-        ax.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
-        ax.minorticks_off()
-        cut = np.mean((here - edge) * sign > 0) if len(here) else 0.0
-        said.append(f"{cut:.0%} of those with an advantage {name} 0")
-    figure.set_label(f"With epsilon {eps:g} the clip has cut the gradient of {', '.join(said)}.")
     return figure

@@ -2,7 +2,7 @@
 
 A list box of the browser's own, so it scrolls by itself and never changes its height. A click
 chooses, and so do two buttons beside it, for JupyterLab keeps the up and down arrows to itself and
-moves from cell to cell. Left out: what the chosen answer says, token by token (heatmap.py).
+moves from cell to cell. Left out: what the chosen answer says, token by token (lab/heatmap.py).
 """
 
 import html
@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
-from minirlhf.autopsy.convention import demand
+from minirlhf.autopsy.convention import demand_fields
 from minirlhf.lab.heatmap import visible
 from minirlhf.rollout import Rollout
 
@@ -49,7 +49,7 @@ def batch_rows(rollout: Rollout, strata: Sequence[str] | None = None) -> dict[st
 
     nan where an answer has no token. Raises ValueError for a batch without advantages.
     """
-    demand(rollout, "advantages")
+    demand_fields(rollout, "advantages")
     assert rollout.advantages is not None
     n = len(rollout)
     if strata is not None and len(strata) != n:

@@ -15,7 +15,6 @@ Source: Rafailov et al. (2023, arXiv 2305.18290, eq. 4) for the tilt.
 """
 
 import html
-import threading
 from typing import Any
 
 import ipywidgets as widgets
@@ -27,22 +26,24 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from minirlhf.audit.measures import AUDIT
 from minirlhf.desk.world import STRATA
 from minirlhf.drift.data import DIALS
 from minirlhf.engine.intervals import student_t, student_t_rows
+from minirlhf.lab.background import ButtonJob, JobPanel, Stop
 from minirlhf.lab.panels.batch_plots import SIDE
 from minirlhf.lab.panels.steered_run import LiveRun
-from minirlhf.lab.picture import LiveFigure, Panel
-from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILLION, blank, tidy
+from minirlhf.lab.picture import LiveFigure
+from minirlhf.lab.plots import BLUE, GREY, INK, ORANGE, VERMILLION, blank, one_legend, tidy
 from minirlhf.oracle.closed_form import two_answer
 
 CELL = ("beta", "clip", "length_bias")
 NAMES = {"beta": "beta", "clip": "epsilon", "length_bias": "length bias"}
 ENDS = {  # column of the sweep -> title, unit and direction
-    "final_brief_gold": ("gold, brief", "points, ↑ better"),
-    "final_brief_kl_nats": ("KL, brief", "nats per answer"),
-    "final_brief_length_tokens": ("length, brief", "tokens"),
-    "final_brief_verbose_rate": ("verbose answers, brief", "share"),
+    "final_brief_gold": ("gold, brief", AUDIT["gold"].axis),
+    "final_brief_kl_nats": ("KL, brief", AUDIT["kl_nats"].unit),
+    "final_brief_length_tokens": ("length, brief", AUDIT["length_tokens"].axis),
+    "final_brief_verbose_rate": ("verbose answers, brief", AUDIT["verbose_rate"].axis),
 }
 LIVE, CANCEL = "run this cell live", "cancel the live run"
 
@@ -54,7 +55,7 @@ def closed_form(rows: pd.DataFrame) -> np.ndarray:
     p0 = (n * rows["reference_brief_verbose_rate"].to_numpy(dtype=float) + 0.5) / (n + 1)
     gap = rows["gap_courtesy_brief_sd"].to_numpy(dtype=float)
     beta = np.maximum(rows["beta"].to_numpy(dtype=float), 1e-9)
-    return two_answer(*(torch.tensor(x) for x in (p0, gap, beta))).numpy()
+    return two_answer(torch.tensor(p0), torch.tensor(gap), torch.tensor(beta)).numpy()
 
 
 class _Band:
@@ -69,11 +70,13 @@ class _Band:
     def move(self, table: pd.DataFrame) -> dict[int, float]:
         """Show a table of steps by seeds; {step: mean}. Steps without a value are left out."""
         table = table.dropna(how="all")
-        steps, values = table.index.to_numpy(), table.to_numpy(dtype=float)
-        mean, low, high = student_t_rows(values)
+        steps = table.index.to_numpy()
+        values = table.to_numpy(dtype=float)  # [steps, seeds]
+        mean, low, high = np.stack(student_t_rows(values))  # [steps] each
         self._mean.set(data=(steps, mean), markevery=max(1, len(steps) // 8))
         runs = [np.c_[steps, run][~np.isnan(run)] for run in values.T]
         self._seeds.set_segments([run for run in runs if len(run)])
+        # there along the lower end, back along the upper one
         edge = np.r_[np.c_[steps, low], np.c_[steps, high][::-1]]
         edge = edge[~np.isnan(edge[:, 1])]
         self._band.set_verts([edge] if len(edge) else [])
@@ -85,7 +88,8 @@ class _Ends:
     chosen one. `predicted`, if the table has it for this column, as crosses."""
 
     def __init__(self, ax: Axes, column: str, sweep: pd.DataFrame, betas: list[float]):
-        self._column, title, unit = column, *ENDS[column]
+        self._column = column
+        title, unit = ENDS[column]
         tidy(ax, title, "beta (computed ones only)", unit)
         ax.set_xticks(range(len(betas)), [f"{b:g}" for b in betas], fontsize=10)
         low, high = sweep[column].min(), sweep[column].max()
@@ -95,32 +99,34 @@ class _Ends:
             ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         air = 0.12 * (high - low) + 1e-9
         ax.set(xlim=(-0.5, len(betas) - 0.5), ylim=(low - air, high + air))
-        self._seeds = ax.plot([], [], ".", color=GREY, ms=5)[0]
+        (self._seeds,) = ax.plot([], [], ".", color=GREY, ms=5)
         self._bars = ax.vlines([0], 0, 0, color=BLUE, lw=3)
-        self._mean = ax.plot([], [], "o", color=BLUE, ms=8, label="measured")[0]
-        self._form = ax.plot([], [], "X", color=VERMILLION, ms=9, mec="white")[0]
+        (self._mean,) = ax.plot([], [], "o", color=BLUE, ms=8, label="measured")
+        (self._form,) = ax.plot([], [], "X", color=VERMILLION, ms=9, mec="white")
         self._form.set_label("closed form: 2 answers, 1 phrase" if self._rate else "")
-        self._ring = ax.plot([], [], "o", mfc="none", mec=INK, mew=2, ms=18)[0]
+        (self._ring,) = ax.plot([], [], "o", mfc="none", mec=INK, mew=2, ms=18)
         self.artists = [self._seeds, self._bars, self._mean, self._form, self._ring]
 
     def move(self, cells: dict[int, pd.DataFrame], chosen: int) -> dict[str, float]:
         """Show the cells of one epsilon and length bias by place; the chosen one's numbers."""
-        values = {at: of[self._column].to_numpy(dtype=float) for at, of in cells.items()}
-        found = {at: student_t(x) for at, x in values.items()}
-        spread = [(at, y) for at, x in values.items() for y in x]
+        values = {at: runs[self._column].to_numpy(dtype=float) for at, runs in cells.items()}
+        found = {at: student_t(ends) for at, ends in values.items()}
+        spread = [(at, end) for at, ends in values.items() for end in ends]
         self._seeds.set_data(*np.transpose(spread))
-        self._mean.set_data([*found], [x.mean for x in found.values()])
-        self._bars.set_segments([[(at, x.low), (at, x.high)] for at, x in found.items()])
+        self._mean.set_data(list(found), [interval.mean for interval in found.values()])
+        bars = [[(at, x.low), (at, x.high)] for at, x in found.items()]
+        self._bars.set_segments(bars)
         self._ring.set_data([chosen], [found[chosen].mean])
         said = {self._column: found[chosen].mean}
         if self._rate:
-            form = {at: float(of["closed_form"].mean()) for at, of in cells.items()}
-            self._form.set_data([at + 0.22 for at in form], [*form.values()])
+            form = {at: float(runs["closed_form"].mean()) for at, runs in cells.items()}
+            beside = [at + 0.22 for at in form]
+            self._form.set_data(beside, list(form.values()))
             said["closed_form"] = form[chosen]
         return said
 
 
-class SweepExplorer(Panel):
+class SweepExplorer(JobPanel):
     """Dials over the cells of a sweep of the run with nothing changed.
 
     `sweep` and `trajectories` are tables of `minirlhf sweep`; `case` (shipped()) gives what a live
@@ -132,63 +138,79 @@ class SweepExplorer(Panel):
     def __init__(
         self, sweep: pd.DataFrame, trajectories: pd.DataFrame, case: Any = None, *, steps: int = 20
     ):
-        self._stop, self._job, self._lived = threading.Event(), threading.Thread(), {}
-        self.button = widgets.Button(description=LIVE, disabled=case is None)
-        plain = (d[d["remedy"] == "none"] for d in (sweep, trajectories))
-        self._sweep, self._paths = (d.astype(dict.fromkeys(CELL, float)) for d in plain)
-        if self._sweep.empty:
-            raise ValueError("the sweep has no run with nothing changed: sweep the remedy 'none'")
-        self._sweep = self._sweep.assign(closed_form=closed_form(self._sweep))
-        self._cells = dict(list(self._sweep.groupby([*CELL])))
-        shown = ["length_tokens", *(f"advantage_{side}" for side in SIDE)]
-        wide = self._paths.pivot(index=[*CELL, "step"], columns="seed", values=shown).astype(float)
-        self._steps = {key: of.droplevel([*CELL]) for key, of in wide.groupby(level=[*CELL])}
-        self._options = {name: sorted(set(self._sweep[name])) for name in CELL}
-        self._case, self._count = case, steps
+        self._case = case
+        self._count = steps
+        self._lived: dict[tuple[float, ...], list[float]] = {}  # mean lengths by cell
         self.live_run: LiveRun | None = None
-        look: Any = {"layout": widgets.Layout(width="33%"), "style": {"description_width": "82px"}}
-        controls = {name: self._dial(name, look) for name in CELL}
-        self.button.on_click(lambda _: self.cancel() if self.busy else self.run_live())
-        self.progress, self.note = widgets.IntProgress(0, 0, steps), widgets.HTML()
+        self._read(sweep, trajectories)
+        self._options = {name: sorted(set(self._sweep[name])) for name in CELL}
+        self.job = ButtonJob(self.run_live, (LIVE, CANCEL), steps)
+        self.button, self.progress = self.job.button, self.job.progress
+        self.button.disabled = case is None
         self.button.layout.width = self.progress.layout.width = "170px"
-        live = LiveFigure(*self._draw(), width=1010)
+        self.note = widgets.HTML()
+        controls = {name: self._dial(name) for name in CELL}
         between = [self.button, self.progress, self.note]
+        figure, artists = self._draw()
+        live = LiveFigure(figure, artists, width=1010)
         super().__init__("sweep", controls, live, self.show, between)
         wide = {"width": "1020px", "max_width": "100%"}
         self.layout = widgets.Layout(display="flex", flex_flow="row wrap", **wide)
 
-    def _dial(self, name: str, look: dict[str, Any]) -> widgets.SelectionSlider:
+    def _read(self, sweep: pd.DataFrame, trajectories: pd.DataFrame) -> None:
+        """Keep the runs with nothing changed: their ends and their steps, by cell."""
+        plain = sweep[sweep["remedy"] == "none"]
+        if plain.empty:
+            raise ValueError("the sweep has no run with nothing changed: sweep the remedy 'none'")
+        dials = dict.fromkeys(CELL, float)
+        plain = plain.astype(dials)
+        self._sweep = plain.assign(closed_form=closed_form(plain))
+        self._cells = dict(list(self._sweep.groupby([*CELL])))
+        self._paths = trajectories[trajectories["remedy"] == "none"].astype(dials)
+        drawn = ["length_tokens"] + [f"advantage_{side}" for side in SIDE]
+        wide = self._paths.pivot(index=[*CELL, "step"], columns="seed", values=drawn).astype(float)
+        by_cell = wide.groupby(level=[*CELL])
+        self._steps = {key: table.droplevel([*CELL]) for key, table in by_cell}
+
+    def _dial(self, name: str) -> widgets.SelectionSlider:
         values = self._options[name]
-        look |= {"options": [(f"{x:g}", x) for x in values], "value": values[len(values) // 2]}
-        return widgets.SelectionSlider(description=NAMES[name], **look)
+        return widgets.SelectionSlider(
+            options=[(f"{x:g}", x) for x in values],
+            value=values[len(values) // 2],
+            description=NAMES[name],
+            layout=widgets.Layout(width="33%"),
+            style={"description_width": "82px"},
+        )
 
     # ------------------------------------------------------------------ the picture
     def _draw(self) -> tuple[Figure, list[Any]]:
         figure = blank(10.1, 5.0, rect=(0, 0, 1, 0.94), wspace=0.02)
         axes: Any = figure.subplots(2, 3)
-        ax = tidy(axes[0, 0], "length, all prompts", "PPO step", "tokens")
-        self._length = _Band(ax, BLUE, "o", "mean, 95 % interval")
-        ax = tidy(axes[0, 1], "advantage, brief", "PPO step", "mean, ↑ pushed up")
-        ax.axhline(0, color=INK, lw=1)
-        looks = ((PURPLE, "s"), (GREEN, "o"))
-        self._advantage = {k: _Band(ax, c, m, k) for k, (c, m) in zip(SIDE, looks, strict=True)}
-        (self._run,) = axes[0, 0].plot([], [], color=ORANGE, lw=3, ls="--", label="live run")
-        last, top = self._paths["step"].max(), max(48.0, self._paths["length_tokens"].max())
-        axes[0, 0].set(xlim=(0, last), ylim=(0, 1.05 * top))
+        lengths = tidy(axes[0, 0], "length, all prompts", "PPO step", "tokens")
+        self._length = _Band(lengths, BLUE, "o", "mean, 95 % interval")
+        pushes = tidy(axes[0, 1], "advantage, brief", "PPO step", "mean, ↑ pushed up")
+        pushes.axhline(0, color=INK, lw=1)
+        self._advantage = {
+            "verbose": _Band(pushes, SIDE["verbose"]["color"], "s", "verbose"),
+            "concise": _Band(pushes, SIDE["concise"]["color"], "o", "concise"),
+        }
+        (self._run,) = lengths.plot([], [], color=ORANGE, lw=3, ls="--", label="live run")
+        last = self._paths["step"].max()
+        longest = max(48.0, self._paths["length_tokens"].max())
+        lengths.set(xlim=(0, last), ylim=(0, 1.05 * longest))
         sides = self._paths.groupby([*CELL, "step"])[[f"advantage_{side}" for side in SIDE]]
         pushed = 1.2 * sides.mean().abs().stack().quantile(0.99) + 1e-9  # rare sides are noisy
-        ax.set(xlim=(0, last), ylim=(-pushed, pushed))
+        pushes.set(xlim=(0, last), ylim=(-pushed, pushed))
         places = zip((axes[1, 0], axes[1, 1], axes[1, 2], axes[0, 2]), ENDS, strict=True)
         betas = self._options["beta"]
         self._ends = [_Ends(ax, column, self._sweep, betas) for ax, column in places]
         look: Any = {"transform": figure.transFigure, "va": "top", "in_layout": False}
-        self._title = axes[0, 0].text(0.005, 0.995, "", fontsize=13, weight="bold", **look)
-        found = (x.get_legend_handles_labels() for x in (axes[0, 0], ax, axes[0, 2]))
-        keys = {name: line for pair in found for line, name in zip(*pair, strict=True)}
-        place: Any = {"loc": "outside lower center", "ncols": 6, "columnspacing": 1.1}
-        figure.legend(keys.values(), keys, fontsize=10, frameon=False, **place)
-        drawn = (self._length, *self._advantage.values(), *self._ends)
-        return figure, [*(a for x in drawn for a in x.artists), self._run, self._title]
+        self._title = lengths.text(0.005, 0.995, "", fontsize=13, weight="bold", **look)
+        named = (lengths, pushes, axes[0, 2])
+        one_legend(figure, named, ncols=6, fontsize=10, columnspacing=1.1)
+        drawn = [self._length, *self._advantage.values(), *self._ends]
+        moved = [artist for part in drawn for artist in part.artists]
+        return figure, [*moved, self._run, self._title]
 
     def nearest(self, **dials: float) -> tuple[float, ...]:
         """The computed cell nearest to these dials, counted in places of the sliders."""
@@ -204,89 +226,73 @@ class SweepExplorer(Panel):
         """Show the cell of these dials, or the nearest one that was computed; in words."""
         key = self.nearest(**dials)
         self.cell = dict(zip(CELL, key, strict=True))
-        rows, paths = self._cells[key], self._steps[key]
-        beta, betas = self.cell["beta"], self._options["beta"]
-        near = {betas.index(k[0]): of for k, of in self._cells.items() if k[1:] == key[1:]}
+        rows = self._cells[key]
+        paths = self._steps[key]
         self.shown: dict[str, Any] = {"seeds": sorted(rows["seed"])}
         self.shown["length"] = self._length.move(paths["length_tokens"])
         for side, band in self._advantage.items():
             self.shown[side] = band.move(paths[f"advantage_{side}"])
+        # all betas of the same epsilon and length bias, by their place on the axis
+        betas = self._options["beta"]
+        same = {betas.index(cell[0]): x for cell, x in self._cells.items() if cell[1:] == key[1:]}
         for ends in self._ends:
-            self.shown |= ends.move(near, betas.index(beta))
+            self.shown.update(ends.move(same, betas.index(self.cell["beta"])))
         lived = self._lived.get(key, [])
         self._run.set_data(range(1, len(lived) + 1), lived)
-        named = ", ".join(f"{NAMES[n]} {x:g}" for n, x in self.cell.items())
+        named = ", ".join(f"{NAMES[name]} {value:g}" for name, value in self.cell.items())
         asked = "" if self.cell == dials else "; the dials' own cell was not computed"
-        self._title.set_text(said := f"computed cell: {named}; {len(rows)} seeds{asked}")
+        said = f"computed cell: {named}; {len(rows)} seeds{asked}"
+        self._title.set_text(said)
         return f"{said[0].upper()}{said[1:]}. {self._sentence()}"
 
     def _sentence(self) -> str:
-        found, (first, *_, last) = self.shown, [*self.shown["length"].values()] * 2
-        rate, form = found["final_brief_verbose_rate"], found["closed_form"]
+        found = self.shown
+        lengths = list(found["length"].values())
         return (
-            f"Over PPO's steps the mean length goes from {first:.0f} to {last:.0f} tokens; at the "
-            f"end, on brief prompts, gold is {found['final_brief_gold']:.1f} points, KL "
-            f"{found['final_brief_kl_nats']:.1f} nats, and {rate:.0%} of answers are verbose; one "
-            f"courtesy phrase's gap in the two-answer formula would make it {form:.0%}."
+            f"Over PPO's steps the mean length goes from {lengths[0]:.0f} to {lengths[-1]:.0f} "
+            f"tokens; at the end, on brief prompts, gold is {found['final_brief_gold']:.1f} "
+            f"points, KL {found['final_brief_kl_nats']:.1f} nats, and "
+            f"{found['final_brief_verbose_rate']:.0%} of answers are verbose; one courtesy "
+            f"phrase's gap in the two-answer formula would make it {found['closed_form']:.0%}."
         )
 
     # ------------------------------------------------------------------ the live run
-    @property
-    def busy(self) -> bool:
-        """A live run is under way."""
-        return self._job.is_alive() and not self._stop.is_set()
-
     def run_live(self) -> None:
-        """Make the steps of the cell on screen, on a thread of its own."""
-        self.cancel()
-        self.wait()
+        """Make the steps of the cell on screen, on a thread of its own.
+
+        To cancel it stops it after the step in flight; what it made stays on screen.
+        """
+        self.job.halt()
         if self.cell["length_bias"] not in DIALS:
             shipped = ", ".join(f"{x:g}" for x in DIALS)
             self.note.value = f"No reward model of this length bias is shipped: take {shipped}."
             return
-        self._stop, self.progress.value, self.button.description = threading.Event(), 0, CANCEL
-        given = (self._stop, tuple(self.cell.values()))
-        self._job = threading.Thread(target=self._work, args=given, daemon=True)
-        self._job.start()
+        cell: dict[str, float] = {**self.cell}
+        self.job.start(lambda stop: self._work(stop, cell))
 
-    def cancel(self) -> None:
-        """Stop a live run after the step in flight; what it made stays on screen."""
-        self._stop.set()
-        self.button.description = LIVE
-
-    def wait(self) -> None:
-        """Until the live run has ended."""
-        if self._job.ident is not None:
-            self._job.join()
-
-    def _work(self, stop: threading.Event, key: tuple[float, ...]) -> None:
-        source = f"the shipped reference and reward model of length bias {key[2]:g}, seed 0"
+    def _work(self, stop: Stop, cell: dict[str, float]) -> None:
+        bias = cell["length_bias"]
+        source = f"the shipped reference and reward model of length bias {bias:g}, seed 0"
         self.note.value = f"Starting from {source} ..."
         try:
-            self.live_run = live = LiveRun(self._case, batch=self._case.config.ppo.batch)
-            for name, value in zip(CELL, key, strict=True):
+            live = LiveRun(self._case, batch=self._case.config.ppo.batch)
+            self.live_run = live
+            for name, value in cell.items():
                 live.controls[name].value = value
-            if tuple(live.values().values()) != key:
+            if live.values() != cell:
                 raise ValueError("the live run's dials do not reach this cell")
-            while len(live.history) < self._count and not stop.is_set():
-                done = len(live.history)
+            for step in range(1, self._count + 1):
+                if stop.is_set():
+                    return
                 live.run_steps(1)
-                if len(live.history) == done:
+                if len(live.history) < step:  # it was refused
                     raise ValueError(live.live.alt)
-                self._lived[key] = [_mean_length(row) for row in live.history]
-                self.progress.value = done + 1
-                self.note.value = f"Step {done + 1} of {self._count}, from {source}."
+                self._lived[tuple(cell.values())] = [_mean_length(row) for row in live.history]
+                self.progress.value = step
+                self.note.value = f"Step {step} of {self._count}, from {source}."
                 self.update()
         except Exception as error:  # in a thread nobody else would see it
             self.note.value = f"Stopped: {html.escape(str(error))}"
-        finally:
-            if not stop.is_set():
-                self.button.description = LIVE
-
-    def close(self) -> None:
-        """As Panel.close; a live run under way is stopped."""
-        self.cancel()
-        super().close()
 
 
 def _mean_length(row: dict[str, Any]) -> float:

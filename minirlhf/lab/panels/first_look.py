@@ -35,10 +35,12 @@ class FirstLook(Panel):
     """
 
     def __init__(self, run: Any):
-        table, self._entries = run.answers, audits(run.summary)
+        table = run.answers
+        self._entries = audits(run.summary)
         self._steps = [entry["step"] for entry in self._entries]
         first, last = self._steps[0], self._steps[-1]
-        self._desk, self._probes = run.desk, run.desk.probes(int(table.probe.max()) + 1)
+        self._desk = run.desk
+        self._probes = run.desk.probes(int(table.probe.max()) + 1)
         asked = table[table.step == first].sort_values("probe").prompt
         if [p.text for p in self._probes] != list(asked):
             raise ValueError("the run's answers are to other probes than this desk's; use its desk")
@@ -53,17 +55,19 @@ class FirstLook(Panel):
         }
         figure = blank(9.6, 2.3)
         figure.set_dpi(150)  # sharp on a projector; shown at 100 pixels an inch
-        self._text, self._marks = widgets.HTML(), _draw_curves(figure, self._entries)
+        self._text = widgets.HTML()
+        self._marks = _draw_curves(figure, self._entries)
         live = LiveFigure(figure, self._marks, width=WIDTH)
         super().__init__("first look", controls, live, self.show, [self._text])
 
     def show(self, step: int, probe: int) -> str:
         """Move to the last audit up to a step, and a prompt; returns what is shown, in words."""
-        first, step = self._steps[0], self._steps[bisect(self._steps, step) - 1]
+        at = bisect(self._steps, step) - 1
+        first, step = self._steps[0], self._steps[at]
         self.shown = {"before": self._rows[first, probe], "now": self._rows[step, probe]}
         self._text.value = _text_html(self.shown, self._said(probe))
-        _move(self._marks, self._entries, step)
-        return _sentence(self.shown["now"], next(e for e in self._entries if e["step"] == step))
+        _move(self._marks, self._entries[at])
+        return _sentence(self.shown["now"], self._entries[at])
 
     def _said(self, probe: int) -> list[list[Sentence]]:
         prompt = self._probes[probe]
@@ -81,7 +85,8 @@ class FirstLook(Panel):
             draw_answer(ax, sentences, columns=46, lines=11)
             ax.set_title(_head(name, row), fontsize=11, weight="bold", loc="left")
             ax.text(0, 11.9, _numbers(row), fontsize=10)
-        _move(_draw_curves(parts[1], self._entries), self._entries, self.shown["now"]["step"])
+        at = self._steps.index(self.shown["now"]["step"])
+        _move(_draw_curves(parts[1], self._entries), self._entries[at])
         return png(figure), self.live.alt
 
 
@@ -98,16 +103,19 @@ def _draw_curves(figure: Any, entries: list[dict[str, Any]]) -> list[Any]:
     for ax in (left, right):
         ax.margins(y=0.12)  # room for the dots at the ends
     right.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=10, frameon=False)
-    marks = [ax.axvline(steps[0], color=GREY, lw=1.5) for ax in (left, right)]
-    looks = (left, INK, "D"), *((right, s["color"], s["marker"]) for s in STRATUM.values())
-    return marks + [ax.plot([steps[0]], [0], marker, color=c, ms=9)[0] for ax, c, marker in looks]
+    marks: list[Any] = [ax.axvline(steps[0], color=GREY, lw=1.5) for ax in (left, right)]
+    marks += left.plot([steps[0]], [0], "D", color=INK, ms=9)
+    for style in STRATUM.values():
+        marks += right.plot([steps[0]], [0], style["marker"], color=style["color"], ms=9)
+    return marks
 
 
-def _move(marks: list[Any], entries: list[dict[str, Any]], step: int) -> None:
-    entry = next(e for e in entries if e["step"] == step)
-    values = entry["rm_score_sd"], entry["brief"]["gold"], entry["detailed"]["gold"]
+def _move(marks: list[Any], entry: Mapping[str, Any]) -> None:
+    """Lines and dots to the step of an audit, the dots to its values."""
+    step = entry["step"]
     for line in marks[:2]:
         line.set_xdata([step, step])
+    values = (entry["rm_score_sd"], entry["brief"]["gold"], entry["detailed"]["gold"])
     for dot, value in zip(marks[2:], values, strict=True):
         dot.set_data([step], [value])
 

@@ -16,7 +16,7 @@ WIDTH = 900
 
 
 def expected_bias(pairs: Pairs, config: PreferenceConfig) -> dict[str, float]:
-    """The shares of `preferences.raw_bias`, in expectation over labelers with these dials.
+    """The shares of `desk.preferences.raw_bias`, in expectation over labelers with these dials.
 
     nan where the pairs hold none of the kind; who won the labels of `pairs` does not matter.
     """
@@ -25,7 +25,8 @@ def expected_bias(pairs: Pairs, config: PreferenceConfig) -> dict[str, float]:
     fact = pairs.fact_chosen - pairs.fact_rejected
     gold = pairs.gold_chosen - pairs.gold_rejected
     p = label_probability(gold, fact, length, hedged, config)
-    matched, out = np.isclose(fact, 0), {}
+    matched = np.isclose(fact, 0)
+    out = {}
     for name, lead in (("longer_wins", length), ("hedged_wins", hedged)):
         wins = np.where(lead > 0, p, 1 - p)
         for suffix, rows in (("", lead != 0), ("_matched", (lead != 0) & matched)):
@@ -41,7 +42,8 @@ class LabelerDials(Panel):
     """
 
     def __init__(self, pairs: Pairs, config: PreferenceConfig):
-        self._pairs, self._config = pairs, config
+        self._pairs = pairs
+        self._config = config
         figure = bias_figure({"settings of the course": expected_bias(pairs, config)})
         ax = figure.axes[0]
         ax.set_xlabel("expected share of labels (50 % = no preference)")
@@ -54,9 +56,8 @@ class LabelerDials(Panel):
             "hedge_bias": slider("points per hedge", config.hedge_bias, 0, 0.6, 0.01),
             "skim": slider("share who skim", config.skim, 0, 1, 0.01),
         }
-        super().__init__(
-            "labelers", controls, LiveFigure(figure, [self._dots], width=WIDTH), self.show
-        )
+        live = LiveFigure(figure, [self._dots], width=WIDTH)
+        super().__init__("labelers", controls, live, self.show)
 
     def show(self, **dials: float) -> str:
         """Move the dots to these dials; returns the numbers as a sentence."""

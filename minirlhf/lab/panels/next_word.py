@@ -21,11 +21,14 @@ class NextWord(Panel):
     """
 
     def __init__(self, model: Transformer, desk: Desk, prompt: Prompt, answer: str, top: int = 8):
-        vocabulary, words = desk.vocabulary, answer.split()
-        ids = vocabulary.encode(f"{prompt.text} {answer}")
+        self._words = answer.split()
+        self._names = desk.vocabulary.words
+        self._top = top
+        ids = desk.vocabulary.encode(f"{prompt.text} {answer}")
         with torch.no_grad():
-            self._logits = model(torch.tensor([ids]))[0][0, -len(words) - 1 :]  # (n + 1, V)
-        self._words, self._names, self._top = words, vocabulary.words, top
+            logits, _ = model(torch.tensor([ids]))
+        # one state before each of the answer's words, and one after them: [n + 1, V]
+        self._logits = logits[0, -len(self._words) - 1 :]
         figure = blank(9, 3.2)
         ax = tidy(figure.subplots(), "next word", "probability")
         self._bars = ax.barh(range(top), [0.0] * top, color=BLUE)
@@ -35,7 +38,7 @@ class NextWord(Panel):
         ax.set_xticks(np.linspace(0, 1, 6))
         live = LiveFigure(figure, [*self._bars, *self._texts, self._said], width=WIDTH)
         controls = {
-            "at": slider("words so far", 0, 0, len(words), 1),
+            "at": slider("words so far", 0, 0, len(self._words), 1),
             "temperature": slider("temperature", 1.0, 0.2, 3.0, 0.1),
         }
         super().__init__("next word", controls, live, self.show)
@@ -43,12 +46,13 @@ class NextWord(Panel):
     def show(self, at: int, temperature: float) -> str:
         """Move to the state after `at` words of the answer; returns the numbers as a sentence."""
         shares, ids = (self._logits[at] / temperature).softmax(-1).topk(self._top)
-        self.shown = {self._names[int(i)]: float(p) for p, i in zip(shares, ids, strict=True)}
+        likely = [self._names[i] for i in ids.tolist()]
+        self.shown = dict(zip(likely, shares.tolist(), strict=True))
         rows = zip(self._bars, self._texts, self.shown.items(), strict=True)
         for bar, text, (word, share) in rows:
             bar.set_width(share)
             text.set(x=share + 0.01, text=f"{word}  {share:.2f}")
         said = " ".join(self._words[:at]) or "(nothing yet)"
         self._said.set_text(f"the answer so far: {said}")
-        likely = ", ".join(f"{word} {share:.2f}" for word, share in [*self.shown.items()][:3])
-        return f"After {said!r} at temperature {temperature:.1f}: {likely}."
+        first = ", ".join(f"{word} {self.shown[word]:.2f}" for word in likely[:3])
+        return f"After {said!r} at temperature {temperature:.1f}: {first}."

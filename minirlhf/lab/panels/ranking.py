@@ -1,12 +1,11 @@
 """The panel of notebook 03: what does a reward model learn from a ranking?
 
-`LengthDial` turns the labelers' length bias: their own
-preference on matched pairs moves with the dial, the reward models that were trained beforehand
-answer at the nearest one, and a button trains another on a thread of its own. What is learned is
-handed in as a function: nothing is trained in here. Left out: more than one dial at a time.
+`LengthDial` turns the labelers' length bias: their own preference on matched pairs moves with the
+dial, the reward models that were trained beforehand answer at the nearest one, and a button trains
+another on a thread of its own. What is learned is handed in as a function: nothing is trained in
+here. Left out: more than one dial at a time.
 """
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,36 +13,38 @@ import ipywidgets as widgets
 import numpy as np
 from matplotlib.figure import Figure
 
-from minirlhf.lab.picture import LiveFigure, Panel, slider
+from minirlhf.lab.background import Cancelled, Job, JobPanel, Stop
+from minirlhf.lab.picture import LiveFigure, slider
 from minirlhf.lab.plots import GREEN, GREY, INK, STRATUM, blank, tidy
 
 Learned = Mapping[str, tuple[float, float]]  # stratum -> P(polite preferred), gap in reward sd
 
 
-class Cancelled(Exception):
-    """Raised out of a training's progress report when its panel was told to stop."""
-
-
-class LengthDial(Panel):
+class LengthDial(JobPanel):
     """The labelers' length bias, and what a reward model learns from it on matched pairs.
 
     labelers(bias) gives P(the polite answer is preferred) by stratum, exactly; `computed` holds
     what the reward models of some dials learned; learn(bias, progress) trains another and lets
     through what `progress` raises. `shown` holds what is on screen: the dial `bias`, `labelers`,
-    the `nearest` computed dial and what was `trained` here, by dial.
+    the `nearest` computed dial and what was `trained` here, by dial. `job` is the training.
     """
 
     def __init__(self, labelers: Callable, computed: Mapping, learn: Callable, start: float):
-        self._labelers, self._computed, self._learn = labelers, computed, learn
+        self._labelers = labelers
+        self._computed = computed
+        self._learn = learn
         self._trained: dict[float, Learned] = {}
-        self._start, self.job, self._stop = start, threading.Thread(), threading.Event()
-        train, cancel = (widgets.Button(description=d) for d in ("train at this value", "cancel"))
+        self._start = start
+        self.job = Job()
+        train = widgets.Button(description="train at this value")
         train.on_click(self.start)
+        cancel = widgets.Button(description="cancel")
         cancel.on_click(self.stop)
-        self._note, self.caption = widgets.HTML(), widgets.HTML()
+        self._note = widgets.HTML()
         self.row = widgets.HBox([train, cancel, self._note])
-        low, high = min(computed), max(computed)
+        self.caption = widgets.HTML()
         self.caption.layout.max_width = "960px"
+        low, high = min(computed), max(computed)
         controls = {"bias": slider("points per token", start, low, high, 0.0005)}
         live = LiveFigure(self._draw(np.linspace(low, high, 33)), self._marks, width=960)
         super().__init__("length dial", controls, live, self.show, [self.row, self.caption])
@@ -55,63 +56,63 @@ class LengthDial(Panel):
         ax.axhline(0.5, color=INK, lw=1)
         self._marks = [ax.axvline(dials[0], color=GREY, lw=1.5)]
         for name, style in STRATUM.items():
-            color, dot = style["color"], style["marker"]
+            color = style["color"]
             exact = [self._labelers(x)[name] for x in dials]
             ax.plot(dials, exact, color=color, ls=style["ls"], label=f"labelers, {name}")
             known = [found[name][0] for found in self._computed.values()]
-            ax.plot([*self._computed], known, dot, color=color, label=f"RM beforehand, {name}")
-        shapes = ("o", "none", "nearest beforehand"), ("*", GREEN, "trained here")
-        for shape, fill, label in shapes:
-            look = {"color": INK, "mfc": fill, "ms": 18, "mew": 2, "ls": "", "marker": shape}
-            self._marks += ax.plot([], [], label=f"RM, {label}", **look)
+            label = f"RM beforehand, {name}"
+            ax.plot(list(self._computed), known, style["marker"], color=color, label=label)
+        look: Any = {"color": INK, "ms": 18, "mew": 2}
+        self._marks += ax.plot([], [], "o", mfc="none", label="RM, nearest beforehand", **look)
+        self._marks += ax.plot([], [], "*", mfc=GREEN, label="RM, trained here", **look)
         ax.set_ylim(0, 1)
         ax.legend(fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
 
     def show(self, bias: float) -> str:
         """Move to a dial; returns the numbers as a sentence."""
-        near, said = min(self._computed, key=lambda dial: abs(dial - bias)), self._labelers(bias)
-        trained, found = dict(self._trained), self._computed[near]
-        self.shown = {"bias": bias, "labelers": said, "nearest": near, "trained": trained}
-        self._marks[0].set_xdata([bias, bias])
-        self._marks[1].set_data([near] * len(found), [p for p, _ in found.values()])
-        stars = [(dial, p) for dial, got in trained.items() for p, _ in got.values()]
-        self._marks[2].set_data([dial for dial, _ in stars], [p for _, p in stars])
-        last = [*trained.items()][-1:]  # of fixed height: nothing below may jump
-        here = "".join(f" Trained here at {dial:.4f}: {_told(got)}." for dial, got in last)
-        shares = " and ".join(f"{share:.0%} on {name}" for name, share in said.items())
+        near = min(self._computed, key=lambda dial: abs(dial - bias))
+        found = self._computed[near]
+        exact = self._labelers(bias)
+        trained = dict(self._trained)
+        self.shown = {"bias": bias, "labelers": exact, "nearest": near, "trained": trained}
+        level, ring, stars = self._marks
+        level.set_xdata([bias, bias])
+        ring.set_data([near] * len(found), [p for p, _ in found.values()])
+        points = [(dial, p) for dial, got in trained.items() for p, _ in got.values()]
+        stars.set_data([dial for dial, _ in points], [p for _, p in points])
+        shares = " and ".join(f"{share:.0%} on {name}" for name, share in exact.items())
         told = (
             f"At {bias:.4f} points per token labelers prefer the polite answer in {shares} prompts."
-            f" The nearest reward model trained beforehand, {near:.4f}: {_told(found)}.{here}"
+            f" The nearest reward model trained beforehand, {near:.4f}: {_told(found)}."
         )
+        if trained:  # the last alone: the caption keeps its height, so that nothing below jumps
+            dial = list(trained)[-1]
+            told += f" Trained here at {dial:.4f}: {_told(trained[dial])}."
         self.caption.value = f'<div style="min-height:60px;line-height:20px">{told}</div>'
         return told
 
     def start(self, _button: Any = None) -> None:
         """Train at the dial's value on a thread of its own; one under way is stopped."""
         self.stop()
-        self._stop = threading.Event()
-        given = (float(self.controls["bias"].value), self._stop)
-        self.job = threading.Thread(target=self._work, args=given, daemon=True)
-        self.job.start()
+        bias = float(self.controls["bias"].value)
+        self.job.start(lambda stop: self._work(bias, stop))
 
     def stop(self, _button: Any = None) -> None:
         """Cancel a training, if there is one; the picture stays as it was."""
-        self._stop.set()
-        if self.job.is_alive():
-            self.job.join()
+        self.job.halt()
 
     def reset(self) -> None:
         """Back to how the panel began: nothing under way, nothing trained here, the first dial."""
         self.stop()
-        self._trained, self._note.value = {}, ""
+        self._trained = {}
+        self._note.value = ""
         self.controls["bias"].value = self._start
         self.update()
 
-    def _work(self, bias: float, stop: threading.Event) -> None:
+    def _work(self, bias: float, stop: Stop) -> None:
         def progress(step: int, total: int, metrics: dict[str, float]) -> None:
-            if stop.is_set():
-                raise Cancelled
+            stop.check()
             self._note.value = f"{bias:.4f}: step {step} of {total}"
 
         try:

@@ -65,17 +65,24 @@ def about(name: str) -> Remedy:
     if "+" not in name:
         raise ValueError(f"no arm {name!r}: the rows are of another version of remedies/arms.py")
     parts = [about(part) for part in name.split("+")]
-    joined = [";  ".join(getattr(p, k) for p in parts) for k in ("equation", "cost", "source")]
-    title = ", then ".join(part.title for part in parts)
-    return Remedy(title, keep, "two at once", *joined)  # type: ignore[arg-type]
+    return Remedy(
+        ", then ".join(part.title for part in parts),
+        keep,
+        "two at once",  # type: ignore[arg-type]
+        ";  ".join(part.equation for part in parts),
+        ";  ".join(part.cost for part in parts),
+        ";  ".join(part.source for part in parts),
+    )
 
 
 def by_place(rows: pd.DataFrame) -> dict[str, list[str]]:
     """The arms of the rows by where they act, each place's in the order of remedies/arms.py."""
-    known, found = set(rows["remedy"]), {}
-    names = [*(name for name in ARMS if name in known), *sorted(known - set(ARMS))]
+    known = set(rows["remedy"])
+    names = [name for name in ARMS if name in known] + sorted(known - set(ARMS))
+    found = {}
     for place in PLACES:
-        if here := [name for name in names if about(name).acts == place]:
+        here = [name for name in names if about(name).acts == place]
+        if here:
             found[place] = here
     return found
 
@@ -92,7 +99,8 @@ def remedy_table_html(
     order = [(place, name) for place, arms in by_place(rows).items() for name in arms]
     cells = cells.loc[[name for _, name in order]]
     cells.insert(0, "two-sided test", [verdict(test.loc[name]) for _, name in order])
-    cells.index, cells.columns.name = pd.MultiIndex.from_tuples(order), None
+    cells.index = pd.MultiIndex.from_tuples(order)
+    cells.columns.name = None
     table = cells.to_html(escape=True, border=0, classes="minirlhf-remedies", justify="left")
     style = (
         "<style>.minirlhf-remedies td,.minirlhf-remedies th{white-space:nowrap;padding:3px 10px;"
@@ -120,9 +128,10 @@ def forest_figure(rows: pd.DataFrame) -> Figure:
 
     Green is where the two-sided test wants the mean to be; a tick at the name says that it passed.
     """
-    each, passes = measured(rows), repaired(rows)
+    each = measured(rows)
+    passes = repaired(rows)
     test = dict(zip(passes["remedy"], passes["repaired"], strict=True))
-    lines = [(place, name) for place, names in by_place(rows).items() for name in ("", *names)]
+    lines = _under_places(by_place(rows))
     figure = blank(13, 1.2 + 0.25 * len(lines), wspace=0.02)
     axes = np.ravel(figure.subplots(1, len(FOREST), sharey=True))
     for ax, (measure, (title, unit, level, zone)) in zip(axes, FOREST.items(), strict=True):
@@ -140,10 +149,14 @@ def forest_figure(rows: pd.DataFrame) -> Figure:
             limits = ax.get_xlim()
             ax.axvspan(zone[0], min(zone[1], limits[1]), **ZONE)
             ax.set_xlim(limits)
-    ticks = [f"{'✓ ' if test[n] else ''}{n}" if n else place.upper() for place, n in lines]
+    ticked = {name: f"✓ {name}" if passed else name for name, passed in test.items()}
+    ticks = [ticked[name] if name else place.upper() for place, name in lines]
     axes[0].set_yticks(range(len(lines)), ticks, fontsize=11)
     for label, (place, name) in zip(axes[0].get_yticklabels(), lines, strict=True):
-        label.set(weight="normal" if name else "bold", color=INK if name else PLACES[place][0])
+        if not name:  # a place is a head in its own colour
+            label.set(weight="bold", color=PLACES[place][0])
+        else:
+            label.set(weight="normal", color=INK)
     axes[0].set_ylim(len(lines) - 0.4, -0.6)
     passed = [name for _, name in lines if name and test[name]]
     figure.set_label(
@@ -154,8 +167,14 @@ def forest_figure(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def _under_places(places: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """A line (place, "") for each place, and one (place, name) for each arm below it."""
+    return [(place, name) for place, names in places.items() for name in ("", *names)]
+
+
 def _interval_line(ax: Axes, values: np.ndarray, y: float, look: tuple[str, str]) -> None:
-    found, (color, marker) = student_t(values), look
+    found = student_t(values)
+    color, marker = look
     ax.plot(values, np.full(len(values), y), ".", color=GREY, ms=5, alpha=0.5)
     ax.plot([found.low, found.high], [y, y], color=color, lw=2.5, solid_capstyle="butt")
     ax.plot(found.mean, y, marker, color=color, ms=8, mec="white", mew=0.6)
@@ -171,19 +190,21 @@ def _ratio_axis(ax: Axes) -> None:
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
-def frontier_figure(rows: pd.DataFrame) -> Figure:
+def distance_figure(rows: pd.DataFrame) -> Figure:
     """Gold against the distance that was gone, sqrt(KL): every arm's mean with both intervals.
 
     Brief and detailed prompts apart. Numbers name the arms, the default run has a ring, and the
     KL of best of n is a bound. Left out: the faults, which go much farther.
     """
-    places, each = by_place(rows), measured(rows)
+    each = measured(rows)
+    places = by_place(rows)
     places.pop("a fault", None)
     order = [name for arms in places.values() for name in arms]
     figure = blank(14.6, 7.2, wspace=0.03)
     axes: Any = figure.subplots(1, 3, width_ratios=(1, 1, 1))
     _key(axes[2], places, order)
-    found = {s: [_point(each[each["remedy"].isin([n])], s) for n in order] for s in STRATA}
+    runs = [each[each["remedy"] == name] for name in order]
+    found = {stratum: [_point(of, stratum) for of in runs] for stratum in STRATA}
     for ax, (stratum, points) in zip(axes, found.items(), strict=False):
         tidy(ax, f"{stratum} prompts", "distance: square root of KL, nats per answer")
         ax.set_ylabel("gold, change in points (better ↑)", fontsize=12)
@@ -222,15 +243,18 @@ def _key(ax: Axes, places: Mapping[str, Sequence[str]], order: Sequence[str]) ->
     """The numbers' names, by place, in two columns."""
     ax.axis("off")
     ax.set(xlim=(0, 1), ylim=(0, 1))
-    lines = [(place, name) for place, names in places.items() for name in ("", *names)]
+    lines = _under_places(places)
     half = -(-len(lines) // 2)
     for i, (place, name) in enumerate(lines):
-        x, y = 0.53 * (i // half), 1 - (i % half + 0.5) / half
-        color, marker = PLACES[place]
-        bound = " (KL: a bound)" if name == "best_of_n" else ""
-        text = f"{order.index(name) + 1:>2}  {name}{bound}" if name else place.upper()
-        ax.text(x + 0.04, y, text, fontsize=10, va="center", weight="normal" if name else "bold")
-        if not name:
+        x = 0.53 * (i // half)
+        y = 1 - (i % half + 0.5) / half
+        look: Any = {"fontsize": 10, "va": "center"}
+        if name:
+            bound = " (KL: a bound)" if name == "best_of_n" else ""
+            ax.text(x + 0.04, y, f"{order.index(name) + 1:>2}  {name}{bound}", **look)
+        else:
+            color, marker = PLACES[place]
+            ax.text(x + 0.04, y, place.upper(), weight="bold", **look)
             ax.plot(x + 0.01, y, marker, color=color, ms=8, clip_on=False)
 
 
@@ -253,9 +277,14 @@ def _number(ax: Axes, points: Sequence[tuple[float, float]]) -> None:
         taken.append(box)
         dx, dy = (72 / ax.figure.dpi * d for d in (box[0] - x, box[1] - y))
         leader = {"arrowstyle": "-", "color": GREY, "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
-        look: Any = {"ha": "center", "va": "center", "fontsize": 10}
-        look |= {"bbox": {"fc": "white", "lw": 0, "alpha": 0.7, "pad": 0.5}}
-        look |= {"arrowprops": leader} if np.hypot(dx, dy) > 13 else {}
+        look: Any = {
+            "ha": "center",
+            "va": "center",
+            "fontsize": 10,
+            "bbox": {"fc": "white", "lw": 0, "alpha": 0.7, "pad": 0.5},
+        }
+        if np.hypot(dx, dy) > 13:
+            look["arrowprops"] = leader
         ax.annotate(text, point, (dx, dy), textcoords="offset points", **look)
 
 

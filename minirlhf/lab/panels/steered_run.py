@@ -16,7 +16,6 @@ probes would cost more than a step.
 
 import copy
 import html
-import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -27,10 +26,12 @@ import numpy as np
 import torch
 
 from minirlhf.audit.auditor import answer, grade, summarise_grades, texts
+from minirlhf.audit.measures import AUDIT
 from minirlhf.critic import fit_critic
 from minirlhf.desk.world import STRATA
 from minirlhf.drift.data import DIALS
 from minirlhf.lab.answers import answer_html, read_answer
+from minirlhf.lab.background import Job, Stop
 from minirlhf.lab.picture import LiveFigure, Panel, looks, slider
 from minirlhf.lab.plots import GREY, INK, STRATUM, blank, tidy
 from minirlhf.ppo import PPO, Step
@@ -46,10 +47,10 @@ MORE = (
     '<div style="position:relative;z-index:1;height:17px;margin-top:-17px;background:#fff"></div>'
 )
 PLOTS = {  # key -> title, unit, direction, limits that widen where a run leaves them
-    "rm_score_sd": ("RM score", "reward sd", "↑ better", (-1.0, 5.0)),
-    "kl_nats": ("KL", "nats/answer", "↓ closer", (0.0, 20.0)),
-    "gold": ("gold", "points", "↑ better", (-2.0, 1.5)),
-    "length_tokens": ("length", "tokens", "", (0.0, 50.0)),
+    "rm_score_sd": (*AUDIT["rm_score_sd"].labels, (-1.0, 5.0)),
+    "kl_nats": ("KL", "nats/answer", "↓ closer", (0.0, 20.0)),  # the words for a batch's mean
+    "gold": (*AUDIT["gold"].labels, (-2.0, 1.5)),
+    "length_tokens": (*AUDIT["length_tokens"].labels, (0.0, 50.0)),
 }
 
 
@@ -63,14 +64,19 @@ class LiveRun(Panel):
     """
 
     def __init__(self, case: Any, *, batch: int = 64, seed: int = 0):
-        self._desk, self._prompts = case.desk, case.prompts()
+        self._desk = case.desk
+        self._prompts = case.prompts()
         self._scorers = {dial: case.reward_model(dial).score for dial in DIALS}
-        config, bias = replace(case.config.ppo, batch=batch), case.config.preferences.length_bias
-        policy, table = copy.deepcopy(case.reference), case.desk.encode(self._prompts)
+        config = replace(case.config.ppo, batch=batch)
+        bias = case.config.preferences.length_bias
+        policy = copy.deepcopy(case.reference)
+        table = case.desk.encode(self._prompts)
         self.run = PPO(policy, case.reference, self._scorers[bias], table, config, seed=seed)
         fit_critic(self.run, batches=case.config.critic_batches)
-        self._start, self._stop = self.run.state_dict(), threading.Event()
-        self._thread, self._says, self._drawn = threading.Thread(), "ready", 0.0
+        self._start = self.run.state_dict()
+        self.job = Job()
+        self._says = "ready"
+        self._drawn = 0.0  # when the last picture was
         self.history: list[dict[str, Any]] = []
         biases = {"options": DIALS, "value": bias, "description": "length bias"}
         controls = {
@@ -84,72 +90,66 @@ class LiveRun(Panel):
         figure = blank(WIDTH / 100, 2.3, rect=(0, 0, 1, 0.9))
         figure.set_dpi(150)  # sharp on a projector
         self._lines, self._said = _draw(figure)
-        self._page = _Page(figure, [*self._lines.values(), self._said], width=WIDTH)
+        live = LiveFigure(figure, [*self._lines.values(), self._said], width=WIDTH)
         self._ask()
-        super().__init__("live run", controls, self._page, self.show, [widgets.HBox(self.buttons)])
+        super().__init__("live run", controls, live, self.show, [widgets.HBox(self.buttons)])
         self._dials = self._first = self.values()
 
     # ------------------------------------------------------------------ what the buttons do
     def start(self) -> None:
         """Go on step by step, in a thread, until pause()."""
-        if not self._thread.is_alive():
-            self._go(None)
+        if not self.job.thread.is_alive():
+            self.job.start(lambda stop: self._work(stop, None))
 
     def pause(self) -> None:
         """Stop after the step in flight; returns at once."""
-        if self._thread.is_alive() and not self._stop.is_set():
-            self._stop.set()
+        if self.job.busy:
+            self.job.cancel()
             self._says = "pausing"
             self.update()
 
     def step(self) -> None:
         """One step, in a thread; a run in flight is paused first."""
-        self._halt()
-        self._go(1)
+        self.job.halt()
+        self.job.start(lambda stop: self._work(stop, 1))
 
     def reset(self) -> None:
         """Back to the start: weights, random numbers, dials; the history is emptied."""
-        self._halt()
+        self.job.halt()
         self.run.load_state_dict(self._start)
         self.history.clear()
         self._says = "ready"
         for line in self._lines.values():
             line.axes.set_xlim(0, STEPS)
-        self._page.lay_out()
+        self.live.lay_out()
         for name, value in self._first.items():
             self.controls[name].value = value
         self._refresh()
 
     def run_steps(self, count: int) -> None:
         """`count` steps in the calling thread. An interrupt keeps every whole step."""
-        self._halt()
-        self._work(threading.Event(), count)
+        self.job.halt()
+        self._work(Stop(), count)
 
     def close(self) -> None:
         """Stop the thread, then close the panel."""
-        self._halt()
+        self.job.halt()
         for button in self.buttons:
             button.close()
         super().close()
 
-    def _go(self, count: int | None) -> None:
-        self._stop = threading.Event()
-        # a daemon: the kernel can end while it runs
-        self._thread = threading.Thread(target=self._work, args=(self._stop, count), daemon=True)
-        self._thread.start()
-
-    def _halt(self) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
     # ------------------------------------------------------------------ the steps
-    def _work(self, stop: threading.Event, count: int | None) -> None:
-        self._says, end, since, done = "running", "interrupted", time.perf_counter(), 0
+    def _work(self, stop: Stop, count: int | None) -> None:
+        """`count` steps (None: any number), until it is told to stop."""
+        self._says = "running"
+        end = "interrupted"
+        since = time.perf_counter()
+        done = 0
         try:
             while not stop.is_set() and done != count:
                 self._one()
-                done, now = done + 1, time.perf_counter()
+                done += 1
+                now = time.perf_counter()
                 if done != count and not stop.is_set() and now - self._drawn >= EVERY:
                     self._says = f"running, {done / (now - since):.1f} steps/s"
                     self._refresh()
@@ -162,9 +162,11 @@ class LiveRun(Panel):
 
     def _one(self) -> None:
         """One step with what the dials say now, or none at all."""
-        if (dials := self.values()) != self._dials:
+        dials = self.values()
+        if dials != self._dials:
             self.run.config = replace(self.run.config, beta=dials["beta"], clip=dials["clip"])
-            self.run.reward_model, self._dials = self._scorers[dials["length_bias"]], dials
+            self.run.reward_model = self._scorers[dials["length_bias"]]
+            self._dials = dials
         before = self.run.state_dict()
         try:
             with torch.enable_grad():  # whatever the thread's mode is
@@ -174,13 +176,17 @@ class LiveRun(Panel):
             raise
 
     def _row(self, step: Step) -> dict[str, Any]:
-        rollout, found = step.rollout, step.metrics
+        rollout = step.rollout
         asked = [self._prompts[int(i)] for i in rollout.index]  # type: ignore[union-attr]
         grades = grade(self._desk, asked, rollout.responses, rollout.mask)
         here = np.array([prompt.stratum for prompt in asked])
-        means = {"rm_score_sd": found["objective/score_sd"], "kl_nats": found["objective/kl_nats"]}
-        row = {"step": self.run.steps, **self._dials, **means}
-        return row | {name: summarise_grades(grades, here == name) for name in STRATA}
+        return {
+            "step": self.run.steps,
+            **self._dials,
+            "rm_score_sd": step.metrics["objective/score_sd"],
+            "kl_nats": step.metrics["objective/kl_nats"],
+            **{name: summarise_grades(grades, here == name) for name in STRATA},
+        }
 
     # ------------------------------------------------------------------ what is shown
     def _refresh(self) -> None:
@@ -190,51 +196,45 @@ class LiveRun(Panel):
 
     def _ask(self) -> None:
         """Three answers, between steps: the weights must not move meanwhile."""
-        asked, desk = self._desk.probes(3), self._desk
-        given = answer(desk, self.run.policy, desk.encode(asked), 0)
-        done = (given[0] == desk.vocabulary.eos).any(1).tolist()  # pads are no EOS
-        self.answers = list(zip(asked, texts(desk, *given), done, strict=True))
+        desk = self._desk
+        asked = desk.probes(3)
+        responses, mask = answer(desk, self.run.policy, desk.encode(asked), 0)
+        done = (responses == desk.vocabulary.eos).any(1).tolist()  # pads are no EOS
+        self.answers = list(zip(asked, texts(desk, responses, mask), done, strict=True))
 
     def show(self, **dials: float) -> str:
         """Curves and answers as they are; returns the newest row in words."""
-        rows, said = list(self.history), f"Step {self.run.steps}: {self._says}."
+        rows = list(self.history)
+        said = f"Step {self.run.steps}: {self._says}."
         turned = [any(b[dial] != a[dial] for dial in dials) for a, b in pairwise(rows)]
         for (key, stratum), line in self._lines.items():
             values = [(row[stratum] if stratum else row)[key] for row in rows]
             line.set_data([row["step"] for row in rows], values)
             line.set_markevery(1 + np.flatnonzero(turned))
-        chosen = "next step: beta {beta:.2f}, epsilon {clip:.2f}, length bias {length_bias:g}"
-        self._said.set_text(chosen := chosen.format(**dials))
-        self._page.text = _text(said, self._desk, self.answers)
-        if sum(_widen(line) for line in self._lines.values()):  # of all, not of the first
-            self._page.lay_out()
+        chosen = (
+            f"next step: beta {dials['beta']:.2f}, epsilon {dials['clip']:.2f}, "
+            f"length bias {dials['length_bias']:g}"
+        )
+        self._said.set_text(chosen)
+        self.live.above = _text(said, self._desk, self.answers)
+        widened = [_widen(line) for line in self._lines.values()]  # all of them, not the first
+        if any(widened):
+            self.live.lay_out()
         if not rows:
             return f"{said} Nothing learnt yet; {chosen}."
-        last = "In its batch: RM score {rm_score_sd:.1f} reward sd, KL {kl_nats:.1f} nats an answer"
-        brief = "on brief prompts gold {gold:.1f} points, {length_tokens:.0f} tokens"
-        last, brief = last.format(**rows[-1]), brief.format(**rows[-1]["brief"])
-        return f"{said} {last}; {brief}; {chosen}."
-
-
-class _Page(LiveFigure):
-    """A live figure with HTML above it, both in one message, so in one frame."""
-
-    text = ""
-
-    def redraw(self, alt: str) -> None:
-        with self.lock, self.view.hold_trait_notifications():
-            super().redraw(alt)
-            self.view.value = self.text + self.view.value
-
-    def lay_out(self) -> None:
-        """A new background, after limits have moved."""
-        self._canvas.draw()
-        self._background = self._canvas.copy_from_bbox(self._canvas.figure.bbox)
+        last = rows[-1]
+        brief = last["brief"]
+        return (
+            f"{said} In its batch: RM score {last['rm_score_sd']:.1f} reward sd, KL "
+            f"{last['kl_nats']:.1f} nats an answer; on brief prompts gold {brief['gold']:.1f} "
+            f"points, {brief['length_tokens']:.0f} tokens; {chosen}."
+        )
 
 
 def _draw(figure: Any) -> tuple[dict[tuple[str, str], Any], Any]:
     """Empty plots; their lines by key and stratum, and a text for the dials."""
-    lines, axes = {}, figure.subplots(1, len(PLOTS))
+    lines = {}
+    axes = figure.subplots(1, len(PLOTS))
     for ax, (key, (title, unit, better, limits)) in zip(axes, PLOTS.items(), strict=True):
         tidy(ax, title, "PPO step", unit, better).set(xlim=(0, STEPS), ylim=limits)
         split = STRATUM if key in ("gold", "length_tokens") else {"": {"color": INK, "ls": "-"}}
@@ -250,9 +250,11 @@ def _draw(figure: Any) -> tuple[dict[tuple[str, str], Any], Any]:
 
 def _widen(line: Any) -> bool:
     """Whether the plot had to grow for what its line shows."""
-    ax, points = line.axes, np.array(line.get_data(), dtype=float)
+    ax = line.axes
+    points = np.array(line.get_data(), dtype=float)
     x, y = points[:, np.isfinite(points[1])]
-    (_, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    _, right = ax.get_xlim()
+    low, high = ax.get_ylim()
     if not len(y) or (x[-1] <= right and low <= y.min() <= y.max() <= high):
         return False
     right = right if x[-1] <= right else 2 * right
