@@ -296,6 +296,11 @@ def _end_line(name: str, t: Trace, told: Tensor, how: str, off: float, within: f
     return Line(f"end, {name}: mean p", float(t.end.mean()), said, off <= within)
 
 
+def shown(figure: float) -> str:
+    """Three digits; what is rounding alone, on any machine, is not told apart."""
+    return "< 1e-6" if 0 < abs(figure) < 1e-6 else f"{figure:.3g}"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the battery says."""
@@ -312,7 +317,7 @@ class Verdict:
         rows = [("", "symptom", "measured", "expected")]
         for line in self.lines:
             mark = "fits" if line.fits else "NO"
-            rows.append((mark, line.symptom, f"{line.measured:.3g}", line.expected))
+            rows.append((mark, line.symptom, shown(line.measured), line.expected))
         symptoms = max(len(row[1]) for row in rows)
         numbers = max(len(row[2]) for row in rows)
         out = [f"Verdict: {self.said}.", ""]
@@ -323,7 +328,7 @@ class Verdict:
         for name, (line, *more) in sorted(self.others.items()):
             rest = f"; {len(more)} more" if more else ""
             out.append(
-                f"  {name}: {line.symptom} is {line.measured:.3g}, not {line.expected}{rest}"
+                f"  {name}: {line.symptom} is {shown(line.measured)}, not {line.expected}{rest}"
             )
         return "\n".join(out)
 
