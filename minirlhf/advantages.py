@@ -61,7 +61,7 @@ def gae(
     """Generalised advantage estimates [B, T], zero outside the mask (not whitened).
 
     delta_t = r_t + gamma * V_{t+1} - V_t and A_t = delta_t + gamma * lam * A_{t+1}, where t+1 is
-    the next *unmasked* token. lam = 0 is the one-step TD error, lam = 1 return minus value.
+    the next token in the mask. lam = 0 is the one-step TD error, lam = 1 return minus value.
     """
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0])  # after the last token nothing is to come
@@ -80,7 +80,7 @@ def gae(
 def whitening_moments(
     x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"], *, ddof: int = 1
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean and standard deviation of the masked entries (sd 1 when fewer than two)."""
+    """Mean and standard deviation of the entries in the mask (sd 1 when fewer than two)."""
     count = mask.sum()
     mean = masked_mean(x, mask)
     squares = torch.where(mask, (x - mean).square(), 0.0)
@@ -97,7 +97,7 @@ def whiten(
     shift_mean: bool = True,
     ddof: int = 1,
 ) -> Float[Tensor, "*shape"]:
-    """Bring the masked entries to mean 0 and variance 1; with shift_mean=False keep their mean.
+    """Bring the entries in the mask to mean 0 and variance 1; shift_mean=False keeps their mean.
 
     The shift makes about half of the tokens positive *by construction*: "positive" then means
     "better than this batch", not "better than the critic expected". Keeping the mean, as reward
@@ -111,7 +111,7 @@ def whiten(
 
 
 def rescale(x: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Divide the masked entries by their standard deviation: unit size, every sign kept."""
+    """Divide the entries in the mask by their standard deviation: unit size, every sign kept."""
     _, sd = whitening_moments(x, mask)
     return torch.where(mask, x / sd, 0.0)
 

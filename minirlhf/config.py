@@ -97,7 +97,7 @@ class PPOConfig:
     kl_aggregation: Literal["sequence_sum", "token_mean"] = "sequence_sum"
     """an answer pays the sum of its tokens' KL, or their mean"""
     kl_target: float | None = None
-    """nats per answer that an adaptive beta aims at; none = fixed beta"""
+    """nats per answer that an adaptive beta aims at; None = fixed beta"""
     kl_horizon: float = 10_000.0
     """answers over which an adaptive beta reacts"""
     clip: float = 0.2
@@ -105,7 +105,7 @@ class PPOConfig:
     clip_style: Literal["schulman", "book", "none"] = "schulman"
     """schulman: pessimistic two-sided; book: min(ratio, 1 + clip); none: no clipping"""
     value_clip: float | None = None
-    """how far a value may move from its old one, reward sd; none = freely"""
+    """how far a value may move from its old one, reward sd; None = freely"""
     value_coef: float = 0.03
     """weight of the value loss"""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"

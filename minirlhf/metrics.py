@@ -1,7 +1,7 @@
 """What a PPO step reports about its batch and its updates.
 
-Every name is defined once, with its unit, in docs/metrics.md. All means are over masked tokens:
-padding, however wide, changes none of them.
+Every name is defined once, with its unit, in docs/metrics.md. All means are over
+tokens in the mask: padding, however wide, changes none of them.
 """
 
 import torch

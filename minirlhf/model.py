@@ -28,7 +28,8 @@ from minirlhf.text import after_padding, last_token
 
 # Shapes in the core: B rows of a batch, P tokens of a prompt, T of a response, S of a sequence
 # (a prompt and what follows it), V words of the vocabulary, D width of the model, H heads of
-# width hd. Flat lists hold tokens row by row: M real ones, N in the mask, K whose state is kept.
+# width hd, W columns of an attention table. Flat lists hold tokens row by row: M real ones, N in
+# the mask (or any number), K whose state is kept.
 
 CHUNK = 16  # rows that go through the blocks together
 
@@ -241,7 +242,7 @@ def token_logprobs(
 def _response_inputs(
     prompts: Tensor, responses: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, valid and keep, [B, P + T - 1] each, of what is asked about the masked tokens."""
+    """Tokens, valid and keep, [B, P + T - 1] each, of what is asked about tokens in the mask."""
     # the last token of an answer is predicted but never read, so it is no input at all
     tokens = torch.cat([prompts, responses[:, :-1]], 1)
     # False entries inside the mask (a tool's output, say) are still read
@@ -260,7 +261,7 @@ def response_states(
     responses: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
 ) -> Float[Tensor, "N D"]:
-    """Final hidden states before each of the N masked response tokens, row by row."""
+    """Final hidden states before each of the N response tokens in the mask, row by row."""
     tokens, valid, keep = _response_inputs(prompts, responses, mask)
     return model.states(tokens, valid, keep)
 
@@ -271,7 +272,7 @@ def response_heads(
     responses: Int[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
 ) -> tuple[Float[Tensor, "N V"], Float[Tensor, " N"]]:
-    """Flat logits and values of the N masked response tokens, row by row."""
+    """Flat logits and values of the N response tokens in the mask, row by row."""
     return model.heads(response_states(model, prompts, responses, mask))
 
 

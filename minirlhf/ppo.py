@@ -8,7 +8,8 @@ One step: sample answers; score them under the reference and the reward model; s
 estimate advantages; then `epochs` passes over the batch in `minibatches` optimiser steps each.
 Departures from Schulman et al.: the KL penalty to a frozen reference (in the reward, in the loss,
 as a textbook's formula reads, or absent), one trunk for policy and critic, group baselines as
-alternatives to the critic. Left out: several devices, and any text.
+alternatives to the critic. Left out: several devices. Nothing
+here reads a word: prompts and answers are ids.
 
 Sources: Schulman et al. (2017, arXiv 1707.06347, eq. 7 and 9); Ziegler et al. (2019, arXiv
 1909.08593, eq. 2); Xiao and Zhu (2025, arXiv 2501.09223, chapter 4) for the `book` forms.

@@ -9,7 +9,7 @@ what the answers are about. Left out: losses that take a bias out (remedies/rank
 Sources: Bradley and Terry (1952); Stiennon et al. (2020, arXiv 2009.01325, section 3.4).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -140,42 +140,54 @@ def train_reward(
     do not fill one batch, FloatingPointError if the loss stops being finite.
     """
     count = len(pairs.prompts)
-    if count < config.batch:
-        raise ValueError(
-            f"{count} pairs do not fill one batch of {config.batch}: draw more pairs or lower "
-            f"{config.section}.batch"
-        )
+    _demand_one_batch(count, config)
     optimiser = FlatAdamW(
         model.trunk,
         lr=config.lr,
         betas=(0.9, 0.98),  # a short memory of squared gradients, as in SFT
         weight_decay=config.weight_decay,
     )
-    batches = count // config.batch  # in a pass; the few pairs left over wait for the next one
-    total = config.epochs * batches
+    total = config.epochs * (count // config.batch)
     history: list[dict[str, float]] = []
-    for _ in range(config.epochs):
-        order = torch.randperm(count, generator=generator).to(pairs.prompts.device)
-        for rows in order[: batches * config.batch].split(config.batch):
-            optimiser.lr = learning_rate(config.lr, len(history), total)
-            loss, gaps = objective(model, pairs, rows)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"{config.section} model loss is {loss.item()} at step {len(history)}; "
-                    f"lower {config.section}.lr ({config.lr}) and train again"
-                )
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.clip_grad(config.max_grad_norm)
-            optimiser.step()
-            accuracy = (gaps > 0).float().mean()
-            metrics = {
-                f"{config.section}/loss": loss.item(),
-                f"{config.section}/accuracy": accuracy.item(),
-            }
-            history.append(metrics)
-            progress(len(history), total, metrics)
+    for rows in _batches(count, config, generator):
+        rows = rows.to(pairs.prompts.device)
+        optimiser.lr = learning_rate(config.lr, len(history), total)
+        loss, gaps = objective(model, pairs, rows)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"{config.section} model loss is {loss.item()} at step {len(history)}; "
+                f"lower {config.section}.lr ({config.lr}) and train again"
+            )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.clip_grad(config.max_grad_norm)
+        optimiser.step()
+        accuracy = (gaps > 0).float().mean()
+        metrics = {
+            f"{config.section}/loss": loss.item(),
+            f"{config.section}/accuracy": accuracy.item(),
+        }
+        history.append(metrics)
+        progress(len(history), total, metrics)
     return history
+
+
+def _demand_one_batch(count: int, config: RewardConfig) -> None:
+    if count < config.batch:
+        raise ValueError(
+            f"{count} pairs do not fill one batch of {config.batch}: draw more pairs or lower "
+            f"{config.section}.batch"
+        )
+
+
+def _batches(
+    count: int, config: RewardConfig, generator: torch.Generator
+) -> Iterator[Int[Tensor, " B"]]:
+    """Which pairs each step reads; a pass draws their order anew and drops what fills no batch."""
+    whole = count - count % config.batch
+    for _ in range(config.epochs):
+        order = torch.randperm(count, generator=generator)
+        yield from order[:whole].split(config.batch)
 
 
 def both_answers(

@@ -45,7 +45,7 @@ class Rollout:
     advantages: Float[Tensor, "B T"] | None = None
     """[B, T] what multiplies the gradient: whitened, if the run whitens"""
     returns: Float[Tensor, "B T"] | None = None
-    """[B, T] reward sd: the critic's target"""
+    """[B, T] reward sd: the critic's target; of group baselines, which have none, the rewards"""
     finished: Bool[Tensor, " B"] | None = None
     """[B] bool: the answer ended by EOS (False: cut at the cap)"""
     ref_eos_logprobs: Float[Tensor, "B T"] | None = None

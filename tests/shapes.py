@@ -68,10 +68,11 @@ def checker(stand_in: Callable[..., Any]) -> Callable[..., Any]:
 
 def _leave_alone(name: str) -> None:
     """Set what typing.no_type_check sets, at which jaxtyping steps aside."""
-    found = pkgutil.resolve_name(name)
-    function = inspect.unwrap(getattr(found, "fget", found))
-    function.__no_type_check__ = True
-    _left_alone.append(function)
+    with contextlib.suppress(AttributeError):  # what jaxtyping makes to find a wrong argument
+        found = pkgutil.resolve_name(name)
+        function = inspect.unwrap(getattr(found, "fget", found))
+        function.__no_type_check__ = True
+        _left_alone.append(function)
 
 
 def afresh() -> None:

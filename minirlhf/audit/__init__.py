@@ -2,12 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "config": ["AuditConfig"],
-        "auditor": ["Auditor", "answer", "grade", "judge", "texts"],
-        "controls": ["nrg", "over_prompts", "rates", "ruler", "slopes"],
-        "monitor": ["Monitor", "calibrate", "stream"],
-    },
-)
+# the names stand in __init__.pyi, where editors and type checkers read them too
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,16 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "convention": ["Convention"],
-        "reconciliation": ["reconcile"],
-        "parts": ["AdvantageParts", "decompose_advantages", "split"],
-        "facts": ["three_facts"],
-        "pushes": ["CLASSES", "push", "reference_entropy", "token_classes"],
-        "what_ifs": ["follow", "rescored", "what_if", "what_if_clip"],
-        "battery": ["diagnose"],
-        "battery_desk": ["TwoAnswerDesk"],
-    },
-)
+# the names stand in __init__.pyi, where editors and type checkers read them too
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -67,7 +67,7 @@ def demand_fields(rollout: Rollout, *names: str) -> None:
 
 def charged_kl(rollout: Rollout, convention: Convention) -> Tensor:
     """What each token pays, [B, T] nats, before beta."""
-    bound = convention.clamp or torch.inf
+    bound = torch.inf if convention.clamp is None else convention.clamp
     log_ratio = (rollout.logprobs.double() - rollout.ref_logprobs).clamp(-bound, bound)
     nothing = torch.zeros_like(log_ratio)  # the estimators take a difference: it is taken already
     kind, per = convention.kl_estimator, convention.kl_aggregation

@@ -104,8 +104,8 @@ def _prompt_numbers(rollout: Rollout) -> np.ndarray:
 
 
 def _matched(kinds: np.ndarray, prompt: np.ndarray, match: str) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts that count, as numbers, and how much each answer does as verbose and as concise
-    one, [B, 2]. kinds [B, 2] is which of the two it is, prompt [B] the prompt it replies to."""
+    """The prompts that count, as numbers, and the weight [B, 2] of each answer: as a verbose and as
+    a concise one. kinds [B, 2] is which of the two it is, prompt [B] which prompt it replies to."""
     verbose = np.bincount(prompt[kinds[:, 0]], minlength=len(prompt))
     concise = np.bincount(prompt[kinds[:, 1]], minlength=len(prompt))
     if match == "prompt":

@@ -29,14 +29,17 @@ from minirlhf.rollout import Rollout
 
 @dataclass(frozen=True)
 class AdvantageParts:
-    """Where each token's advantage comes from; every field is [B, T] in reward sd."""
+    """Where each token's advantage comes from; every field is [B, T].
+
+    In reward sd before whitening, in units of their sd after it.
+    """
 
     reward: Tensor
     """the reward model's score, carried back from the last token"""
     kl: Tensor
     """the KL penalty on this token and on those after it"""
     baseline: Tensor
-    """the critic: what was expected, subtracted"""
+    """what was expected, subtracted: by the critic, or by the other answers of the group"""
     shift: Tensor | None = None
     """what whitening's mean shift added (None: not whitened)"""
 
@@ -113,7 +116,7 @@ def split(rollout: Rollout, convention: Convention) -> AdvantageParts:
 
 
 def _demand_additive(rollout: Rollout) -> None:
-    """rewards = score on the last token - b * kl for some b >= 0, which a regression finds."""
+    """Raises ValueError unless rewards = score on the last token - b * kl for a b (regressed)."""
     if rollout.rewards is None or rollout.kl is None:
         return
     score_only = shape_rewards(rollout.scores, rollout.kl, rollout.mask, beta=0.0)

@@ -18,7 +18,7 @@ class Options:
     gap: float = 0.3
     """what the reward model pays more for the verbose answer, reward sd"""
     refresh: int | None = None
-    """steps after which the reference becomes the policy; none = it stays"""
+    """steps after which the reference becomes the policy; None = it stays"""
     seed: int = 0
     """seed of the runs"""
 

@@ -29,7 +29,7 @@ class Options:
     out: Path = Path("runs/drift")
     """folder for everything that the run writes"""
     desk: Path | None = None
-    """a desk.toml of your own; none = the one that ships with minirlhf"""
+    """a desk.toml of your own; None = the one that ships with minirlhf"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     quick: bool = False

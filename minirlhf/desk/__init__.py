@@ -2,18 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "world": ["Desk", "DeskError", "Grade", "Prompt", "STRATA"],
-        "config": ["PreferenceConfig"],
-        "preferences": [
-            "Pairs",
-            "bayes_ceiling",
-            "label_probability",
-            "make_pairs",
-            "raw_bias",
-            "relabel",
-        ],
-    },
-)
+# the names stand in __init__.pyi, where editors and type checkers read them too
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

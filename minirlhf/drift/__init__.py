@@ -2,13 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "config": ["DriftConfig"],
-        "recipe": ["Recipe", "changed"],
-        "run": ["Drift"],
-        "batches": ["kinds"],
-        "data": ["DIALS", "Shipped", "shipped"],
-    },
-)
+# the names stand in __init__.pyi, where editors and type checkers read them too
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from IPython.display import HTML
 
+from minirlhf.advantages import price_and_credit
 from minirlhf.autopsy import Convention, follow, push, rescored, split
 from minirlhf.desk import PreferenceConfig, make_pairs, raw_bias
 from minirlhf.drift import Recipe, changed, kinds, shipped
@@ -27,7 +28,6 @@ from minirlhf.lab.panels.remedy import (
 )
 from minirlhf.lab.picture import Picture
 from minirlhf.model import response_states
-from minirlhf.ppo import price_and_credit
 from minirlhf.remedies import REMEDIES, stack
 from minirlhf.remedies import pairs as pair_rules
 from minirlhf.sweeps.remedy_table import agreement, levels, measured, repaired, summarise

@@ -25,6 +25,7 @@ from minirlhf.autopsy.battery import (
     judge,
     lift,
     near,
+    shown,
 )
 from minirlhf.autopsy.battery_desk import P0, QUESTIONS, TwoAnswerDesk, log_odds
 from minirlhf.config import PPOConfig
@@ -79,7 +80,12 @@ def test_what_was_planted_is_named_and_nothing_else(name):
     at = head.index("measured") + len("measured")
     for row, x in zip(rest, found.lines, strict=False):
         assert row.split()[0] == "fits" and row[5:].startswith(x.symptom)
-        assert row[:at].endswith(f" {x.measured:.3g}") and row[at:] == f"  {x.expected}"
+        assert row[:at].endswith(f" {shown(x.measured)}") and row[at:] == f"  {x.expected}"
+
+
+def test_rounding_alone_is_not_told_apart():
+    assert shown(4.28e-07) == shown(-1.9e-07) == "< 1e-6"
+    assert (shown(0.0), shown(1.5e-06), shown(-0.98765)) == ("0", "1.5e-06", "-0.988")
 
 
 def test_the_push_is_gap_less_the_price_of_the_log_odds_moved():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minirlhf.autopsy.convention import Convention
+from minirlhf.autopsy.convention import Convention, charged_kl
 from minirlhf.autopsy.facts import three_facts
 from minirlhf.autopsy.parts import AdvantageParts, split
 from minirlhf.autopsy.pushes import CLASSES, push, reference_entropy, token_classes
@@ -646,6 +646,14 @@ def test_clipped_weights_by_hand():
 
 
 # --- what cannot be taken apart ---------------------------------------------------------------
+
+
+def test_a_clamp_of_zero_charges_nothing():
+    rollout = fake_rollout(0)
+    bound = replace(Convention.of(CONFIG), clamp=0.0)
+    assert charged_kl(rollout, replace(bound, clamp=None)).abs().max() > 0.1
+    assert not charged_kl(rollout, bound).any()
+    assert not split(rollout, bound).kl.any()
 
 
 def test_bad_batches_are_answered_with_one_sentence():

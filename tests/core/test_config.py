@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -103,3 +105,10 @@ def test_configs_are_frozen_and_explain_every_field(config):
     source = inspect.getsource(type(config))
     for name in type(config).__dataclass_fields__:
         assert re.search(rf'\n    {name}: .*\n    """\S', source), f"{name} has no meaning under it"
+
+
+def test_settings_are_read_without_torch():
+    """So that --help answers at once."""
+    code = "import sys, minirlhf.config; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.stdout.split() == ["False"], found.stderr

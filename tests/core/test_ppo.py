@@ -335,7 +335,7 @@ def test_an_adaptive_beta_moves_and_survives_other_dials():
 # --- stopping safely --------------------------------------------------------------------------
 
 
-def diverge(run: PPO, rollout: Rollout) -> None:
+def assert_diverges(run: PPO, rollout: Rollout) -> None:
     before, steps = weights(run.policy), run.optimiser.steps
     with pytest.raises(TrainingDiverged, match=r"step 1: the weights of before .* lower ppo.lr"):
         run.update(rollout)
@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_of_before():
     run = start()
     rollout, _ = run.rollout()
     assert rollout.returns is not None
-    diverge(run, replace(rollout, returns=rollout.returns + 1e30))
+    assert_diverges(run, replace(rollout, returns=rollout.returns + 1e30))
 
 
 def test_a_finite_loss_with_a_nan_gradient_does_too():
@@ -361,7 +361,7 @@ def test_a_finite_loss_with_a_nan_gradient_does_too():
         advantages=rollout.mask.float(),
     )
     assert run.loss(bad)[0].isfinite()
-    diverge(run, bad)
+    assert_diverges(run, bad)
 
 
 # --- where it ends ----------------------------------------------------------------------------

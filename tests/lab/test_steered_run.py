@@ -76,7 +76,7 @@ def rows(live):
     return [(row["rm_score_sd"], row["kl_nats"]) for row in live.history]
 
 
-def wait(true):
+def assert_soon(true):
     deadline = time.monotonic() + SOON
     while not true():
         assert time.monotonic() < deadline
@@ -90,13 +90,13 @@ def same(a, b):
 # ------------------------------------------------------------------ the run
 def test_paused_and_stepped_it_is_the_uninterrupted_run_bit_for_bit(live):
     live.start()
-    wait(lambda: len(live.history) >= 2)
+    assert_soon(lambda: len(live.history) >= 2)
     live.start()  # is running: nothing happens
     live.pause()
     live.job.join(SOON)
     done = len(live.history)
     live.step()
-    wait(lambda: not live.job.thread.is_alive())
+    assert_soon(lambda: not live.job.thread.is_alive())
     assert len(live.history) == done + 1
     live.run_steps(2)
     expected, weights = by_hand(live, done + 3)
@@ -135,9 +135,9 @@ def test_the_length_bias_swaps_what_pays_the_run(live):
 
 def test_a_dial_turned_while_it_runs(live):
     live.start()
-    wait(lambda: len(live.history) >= 1)
+    assert_soon(lambda: len(live.history) >= 1)
     live.controls["beta"].value = 0.4
-    wait(lambda: live.history[-1]["beta"] == 0.4)
+    assert_soon(lambda: live.history[-1]["beta"] == 0.4)
     live.pause()
     live.job.join(SOON)
     betas = [row["beta"] for row in live.history]
@@ -150,7 +150,7 @@ def test_reset_returns_to_the_start(live):
     first = rows(live)
     live.controls["beta"].value, live.controls["length_bias"].value = 0.0, 0.08
     live.start()
-    wait(lambda: len(live.history) >= 5)
+    assert_soon(lambda: len(live.history) >= 5)
     live.reset()
     assert not live.job.thread.is_alive() and live.history == [] and live.run.steps == 0
     assert live.values() == {"beta": 0.07, "clip": 0.2, "length_bias": 0.0455}
@@ -195,7 +195,7 @@ def test_a_run_that_diverges_says_so_and_can_go_on(live):
     lr, live.run.config = live.run.config.lr, replace(live.run.config, lr=1e12)
     before = live.run.state_dict()
     live.step()
-    wait(lambda: not live.job.thread.is_alive())
+    assert_soon(lambda: not live.job.thread.is_alive())
     assert "stopped, and back before that step: PPO loss is nan" in live.live.view.value
     assert same(live.run.state_dict(), before) and len(live.history) == 1
     live.run.config = replace(live.run.config, lr=lr)
@@ -213,7 +213,7 @@ def test_pause_answers_at_once_while_a_step_is_in_flight(live):
 
     live.run.reward_model = slow
     live.start()
-    wait(lambda: live._says == "running")
+    assert_soon(lambda: live._says == "running")
     live.pause()
     assert live.job.thread.is_alive() and live.job.thread.daemon
     assert "Step 0: pausing." in live.live.view.value
@@ -224,7 +224,7 @@ def test_pause_answers_at_once_while_a_step_is_in_flight(live):
 
 def test_running_the_cell_again_stops_the_old_thread(live):
     live.start()
-    wait(lambda: len(live.history) >= 1)
+    assert_soon(lambda: len(live.history) >= 1)
     again = LiveRun(small(), batch=8)
     assert not live.job.thread.is_alive()
     assert again.history == []

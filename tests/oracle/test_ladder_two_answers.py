@@ -42,7 +42,7 @@ def setting(p0, gap, beta, more=""):
     return f"p0 {p0}, gap {gap} sd, beta {beta}{more and ', ' + more}"
 
 
-def hold(ladder, section, cases, tolerance, patient=False):
+def assert_held(ladder, section, cases, tolerance, patient=False):
     """Train each (p0, gap, beta, what, options, known) and record it; assert that all held."""
     held = []
     for seed, (p0, gap, beta, what, options, known) in enumerate(cases):
@@ -73,7 +73,7 @@ def hold(ladder, section, cases, tolerance, patient=False):
 def test_end_points_of_the_two_right_penalties(ladder, section, options, known):
     for case in GRID:
         assert float(two_answer_end(*case, **known)) == pytest.approx(float(two_answer(*case)))
-    hold(ladder, section, [(*case, "", options, known) for case in GRID], 0.02, True)
+    assert_held(ladder, section, [(*case, "", options, known) for case in GRID], 0.02, True)
 
 
 def test_the_books_penalty_ends_at_one_whatever_beta_is(ladder):
@@ -81,7 +81,7 @@ def test_the_books_penalty_ends_at_one_whatever_beta_is(ladder):
     cases = [(0.02, 0.3, b, "", options, known) for b in (0.05, 0.2, 1.0)]
     cases += [(0.02, 0.3, b, "4 epochs", options | {"epochs": 4}, known) for b in (0.05, 1.0)]
     cases += [(0.02, 0.3, 1.0, "book clip", options | {"clip_style": "book"}, known)]
-    hold(ladder, "L0c the book's literal penalty", cases, 0.02)
+    assert_held(ladder, "L0c the book's literal penalty", cases, 0.02)
 
 
 def test_k3_ends_at_its_own_equilibrium_or_runs_away(ladder):
@@ -92,7 +92,7 @@ def test_k3_ends_at_its_own_equilibrium_or_runs_away(ladder):
     ends = [(0.1, 0.04), (0.01, 0.2), (0.1, 0.1), (0.01, 0.3), (0.5, 0.05), (0.3, -0.05)]
     cases += [(p0, gap, 0.1, "k3 in the reward", *reward) for p0, gap in ends]
     cases += [(0.1, 0.1, 0.1, "k2 in the reward", {"kl_estimator": "k2"}, {"estimator": "k2"})]
-    hold(ladder, "L0d k3 (and k2 in the reward)", cases, 0.03)
+    assert_held(ladder, "L0d k3 (and k2 in the reward)", cases, 0.03)
 
 
 def test_what_scaling_does_to_the_end(ladder):
@@ -110,7 +110,7 @@ def test_what_scaling_does_to_the_end(ladder):
     for kind in ("grpo", "rloo"):
         options = {"advantage": kind, "group": 8}
         cases.append((0.05, 0.1, 0.05, f"{kind.upper()}, k1 in the reward", options, {}))
-    hold(ladder, "L0e scaling", cases, 0.03)
+    assert_held(ladder, "L0e scaling", cases, 0.03)
 
 
 def test_clip_and_epochs_change_the_speed_not_the_end(ladder):
@@ -118,7 +118,7 @@ def test_clip_and_epochs_change_the_speed_not_the_end(ladder):
     for clip, epochs in ((0.1, 4), (0.3, 4), (0.2, 8)):
         options = {"clip": clip, "epochs": epochs}
         cases.append((0.05, 0.1, 0.05, f"clip {clip}, {epochs} epochs", options, {}))
-    hold(ladder, "L0f clip", cases, 0.02)
+    assert_held(ladder, "L0f clip", cases, 0.02)
     # Adam's momentum carries p a little past the bound: the less, the smaller its steps
     sides = {"verbose and concise": {"advantage": "rloo", "group": 8}}
     sides["verbose alone"] = {"value_coef": 0.0}  # a critic of 0: the concise ones have A = 0

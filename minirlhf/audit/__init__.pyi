@@ -1,0 +1,14 @@
+from .auditor import Auditor as Auditor
+from .auditor import answer as answer
+from .auditor import grade as grade
+from .auditor import judge as judge
+from .auditor import texts as texts
+from .config import AuditConfig as AuditConfig
+from .controls import nrg as nrg
+from .controls import over_prompts as over_prompts
+from .controls import rates as rates
+from .controls import ruler as ruler
+from .controls import slopes as slopes
+from .monitor import Monitor as Monitor
+from .monitor import calibrate as calibrate
+from .monitor import stream as stream

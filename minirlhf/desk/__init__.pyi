@@ -1,0 +1,12 @@
+from .config import PreferenceConfig as PreferenceConfig
+from .preferences import Pairs as Pairs
+from .preferences import bayes_ceiling as bayes_ceiling
+from .preferences import label_probability as label_probability
+from .preferences import make_pairs as make_pairs
+from .preferences import raw_bias as raw_bias
+from .preferences import relabel as relabel
+from .world import STRATA as STRATA
+from .world import Desk as Desk
+from .world import DeskError as DeskError
+from .world import Grade as Grade
+from .world import Prompt as Prompt

@@ -1,0 +1,13 @@
+from .chain import ForkChain as ForkChain
+from .closed_form import clip_steps as clip_steps
+from .closed_form import kl_pull as kl_pull
+from .closed_form import largest_drift as largest_drift
+from .closed_form import moving_reference as moving_reference
+from .closed_form import net_advantages as net_advantages
+from .closed_form import runaway_threshold as runaway_threshold
+from .closed_form import tilt as tilt
+from .closed_form import two_answer as two_answer
+from .closed_form import two_answer_end as two_answer_end
+from .pocket import pocket_desk as pocket_desk
+from .pocket import two_word_policy as two_word_policy
+from .pocket import verbose_share as verbose_share
