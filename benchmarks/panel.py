@@ -24,7 +24,7 @@ HERE = Path(__file__).parents[1]
 
 CELLS = (
     """from minirlhf.audit.auditor import grade
-from minirlhf.autopsy.parts import Convention
+from minirlhf.autopsy import Convention
 from minirlhf.lab.panels.batch import BatchPanel
 from minirlhf.drift.data import DIALS, shipped
 from minirlhf.autopsy.what_ifs import rescored

@@ -81,13 +81,13 @@ class Block(nn.Module):
         mixed = self.attention(self.attention_norm(x), packing, last)
         if last:
             x = packing.keep(x)  # nobody reads the states of the others
-        x = x + mixed
+        x = x + self.out(mixed)
         return x + self.mlp(self.mlp_norm(x))
 
     def attention(
         self, x: Float[Tensor, "M D"], packing: Packing, last: bool
     ) -> Float[Tensor, "N D"]:
-        """Each token reads those before it in its row, and itself."""
+        """Each token reads those before it in its row, and itself; `out` is still to come."""
         table = packing.spread(self.qkv(x))  # (B, W, 3 * D): a row an answer
         table = table.unflatten(-1, (3, self.n_head, -1))  # (B, W, 3, H, hd)
         # a head of a row is one product in a batch of B * H
@@ -103,7 +103,7 @@ class Block(nn.Module):
         weights = weights.softmax(-1)
         mixed = torch.bmm(weights, v)  # (B * H, W, hd); of W queries, `asked` if last
         mixed = mixed.unflatten(0, (-1, self.n_head)).transpose(1, 2).flatten(2)  # (B, W, D)
-        return self.out(packing.gather(mixed, last))
+        return packing.gather(mixed, last)
 
     def mlp(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
         """What a token makes of what it has read; every token for itself."""

@@ -178,7 +178,6 @@ class PPO:
         start = time.perf_counter()
         rollout, seconds = self.rollout()
         scored = time.perf_counter()
-        # in this order: the batch is described as the policy that sampled it left it
         metrics = {**summarise(rollout, self.beta), **self.update(rollout)}
         end = time.perf_counter()
         metrics["seconds/update"] = end - scored

@@ -15,7 +15,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 SPECIALS = ("<pad>", "<eos>", "<sep>")
-PAD, EOS, SEP = 0, 1, 2  # their ids
+# Their ids
+PAD = 0
+EOS = 1
+SEP = 2
 
 
 class UnknownWord(ValueError):
@@ -29,7 +32,9 @@ class Vocabulary:
     masked out of the loss and the policy never learns to stop.
     """
 
-    pad, eos, sep = PAD, EOS, SEP
+    pad = PAD
+    eos = EOS
+    sep = SEP
 
     def __init__(self, words: Iterable[str]):
         self.words: tuple[str, ...] = (*SPECIALS, *words)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import pandas as pd
 import torch
+
+from minirlhf.sweeps.markdown import markdown_table
 
 COMMAND = "make slow"
 HEADS = ("setting", "predicted", "how", "found", "tolerance", "seed", "held")
@@ -37,10 +38,9 @@ def _text(x: object) -> str:
 
 
 def _line(row: Row) -> list[str]:
-    """A row of a section's table, in the order of HEADS; a bar would open a column."""
+    """A row of a section's table, in the order of HEADS."""
     held = "yes" if row.held else "**no**"
-    cells = [row.setting, row.predicted, row.how, row.found, row.tolerance, row.seed, held]
-    return [cell.replace("|", r"\|") for cell in cells]
+    return [row.setting, row.predicted, row.how, row.found, row.tolerance, row.seed, held]
 
 
 @dataclass
@@ -97,7 +97,6 @@ class Ladder:
             blocks.append(f"Tests that failed: {', '.join(failed)}.")
         for section in sorted({row.section for row in self.rows}):
             lines = [_line(row) for row in self.rows if row.section == section]
-            table = pd.DataFrame(lines, columns=list(HEADS))
             blocks.append(f"## {section}")
-            blocks.append(table.to_markdown(index=False, disable_numparse=True))
+            blocks.append(markdown_table(HEADS, lines))
         return "\n\n".join(blocks) + "\n"

@@ -117,6 +117,7 @@ PLANTED = {
         ("a worker thread computes with the gradient mode of a fresh thread", "torch.inference_mode(inference), torch.set_grad_enabled(bool(learners))", "torch.set_grad_enabled(True)", "engine/test_compute.py::test_workers_have_the_gradient_mode_of_who_asks"),
     ],
     "engine/intervals.py": [
+        ("limits round a mean that is not known", " or np.isnan(mean):", ":", "engine/test_intervals.py::test_an_unknown_value_leaves_no_limits"),
         ("Student's t with a degree of freedom too many", "freedom = np.maximum(n - 1, 1)", "freedom = np.maximum(n, 1)", "engine/test_intervals.py::test_student_by_the_printed_table"),
     ],
     "engine/jobs.py": [
@@ -204,6 +205,7 @@ PLANTED = {
         ("a rebuild that removes a lecturer's files", "for pattern in OURS for path in folder.glob(pattern)", 'for path in folder.rglob("*.safetensors")', "drift/test_data.py::test_a_rebuild_removes_what_is_stale_and_nothing_else"),
     ],
     "drift/recipe.py": [
+        ("a rule without a name passes for any other", '        if "<" in name:', '        if "<<" in name:', "drift/test_recipe.py::test_a_rule_without_a_name_is_refused"),
         ("a later rule takes an earlier one's place", "(*getattr(self.rules, name), changes[name])", "(changes[name],)", "remedies/test_arms.py::test_the_first_name_of_a_stack_acts_first"),
     ],
     "drift/run.py": [
@@ -261,11 +263,11 @@ PLANTED = {
         ("what a setting refuses is named as in Python", "            if name.rpartition(\".\")[2] in settings:\n", "            if not name:\n", "cli/test_main.py::test_what_is_wrong_is_one_sentence"),
     ],
     "cli/terminal.py": [
-        ("a job that failed is not reported", "            if done == before:", "            if done < before:", "cli/test_terminal.py::test_a_job_that_failed_is_a_line_above_the_bar"),
+        ("a job that failed is not reported", '            if " " in text:', '            if " " in text and done == 0:', "cli/test_terminal.py::test_a_job_that_failed_is_a_line_above_the_bar"),
     ],
     "lab/heatmap.py": [
         ("heat map: words of a batch are not escaped", "text = html.escape(visible(word))", "text = visible(word)", "lab/test_heatmap.py::test_texts_of_a_batch_are_data"),
-        ("heat map: orange is above 0", 'sign, level = "n" if value < 0 else "p"', 'sign, level = "n" if value > 0 else "p"', "lab/test_heatmap.py::test_every_token_is_there_with_its_value_and_within_reach_of_the_keyboard"),
+        ("heat map: orange is above 0", 'sign = "n" if value < 0 else "p"', 'sign = "n" if value > 0 else "p"', "lab/test_heatmap.py::test_every_token_is_there_with_its_value_and_within_reach_of_the_keyboard"),
         ("heat map: marks where the reference did stop and the policy too", "rollout.mask & (rollout.responses != eos)", "rollout.mask", "lab/test_heatmap.py::test_stops_that_were_passed_up"),
     ],
     "lab/background.py": [

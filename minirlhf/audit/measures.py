@@ -10,7 +10,7 @@ reads its name and unit here; a place that needs another word for its reader say
 itself. Left out: how they are computed, and thresholds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Better = Literal["up", "down", ""]
@@ -77,6 +77,15 @@ AUDIT = _table(
     Measure("verbose_rate", "verbose answers", "share"),
     Measure("steps_share", "steps", "share", "up"),
 )
+# the measures that controls.rates makes of a table of answers, by its columns
+RATES = {
+    "length_tokens": AUDIT["length_tokens"],
+    "direct": AUDIT["direct_rate"],
+    "evasive": AUDIT["evasion_rate"],
+    "courteous": Measure("courteous", "courteous answers", "share"),
+    "correct": AUDIT["correct_rate"],
+    "gold": replace(AUDIT["gold"], title="gold quality"),
+}
 # what a PPO step reports of its batch, as far as a trajectory keeps it
 STEP = _table(
     Measure("response/length_tokens", "length", "tokens per answer", digits=1),

@@ -70,8 +70,13 @@ def charged_kl(rollout: Rollout, convention: Convention) -> Tensor:
     bound = torch.inf if convention.clamp is None else convention.clamp
     log_ratio = (rollout.logprobs.double() - rollout.ref_logprobs).clamp(-bound, bound)
     nothing = torch.zeros_like(log_ratio)  # the estimators take a difference: it is taken already
-    kind, per = convention.kl_estimator, convention.kl_aggregation
-    return kl_tokens(log_ratio, nothing, rollout.mask, estimator=kind, aggregation=per)
+    return kl_tokens(
+        log_ratio,
+        nothing,
+        rollout.mask,
+        estimator=convention.kl_estimator,
+        aggregation=convention.kl_aggregation,
+    )
 
 
 def laid_out(rollout: Rollout, convention: Convention) -> Rollout:
@@ -83,7 +88,8 @@ def laid_out(rollout: Rollout, convention: Convention) -> Rollout:
     demand_fields(rollout, "logprobs", "ref_logprobs", "values", "scores")
     laid = rollout.to(torch.float64)
     kl = charged_kl(rollout, convention)
-    mask, scores = laid.mask, laid.scores
+    mask = laid.mask
+    scores = laid.scores
     if convention.whiten_rewards == "scores":
         scores = rescale(scores, torch.ones_like(scores, dtype=torch.bool))
     if convention.score_at == "after_eos":

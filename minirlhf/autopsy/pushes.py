@@ -312,8 +312,10 @@ def _weights(run: PPO, rollout: Rollout, parts: AdvantageParts) -> dict[str, Ten
         (by_value,) = torch.autograd.grad(critic, values)
         found["value_loss"] = -config.value_coef * by_value
     if config.kl_place in ("loss", "book_literal"):
-        ref, kind, per = rollout.ref_logprobs, config.kl_estimator, config.kl_aggregation
-        kl = kl_tokens(logprobs, ref, mask, estimator=kind, aggregation=per)
+        per = config.kl_aggregation
+        kl = kl_tokens(
+            logprobs, rollout.ref_logprobs, mask, estimator=config.kl_estimator, aggregation=per
+        )
         # summed KL is averaged as the surrogate is; a mean over tokens is a mean already
         how = config.loss_aggregation if per == "sequence_sum" else "sequence_sum"
         (by_logprob,) = torch.autograd.grad(aggregate(kl, mask, how), logprobs)

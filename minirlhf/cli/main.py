@@ -5,8 +5,9 @@ dataclass whose fields are the options (`minirlhf drift --help` lists them with 
 `run`, which carries them out. It is `run` that imports torch and the rest, so no --help waits for
 them.
 
-What goes wrong is one sentence on stderr and an exit status: 2 where something that was given is
-wrong, 1 where the run failed. What was computed before stays on disk, and --resume goes on from
+What goes wrong is said on stderr, and by the exit status: 2 where something that was given is
+wrong, 1 where the run failed. It is one sentence of ours, or the parser's own words where only the
+parser knows what was meant. What was computed before stays on disk, and --resume goes on from
 there. Left out: how options are read (cli/reading.py).
 """
 

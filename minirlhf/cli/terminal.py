@@ -43,9 +43,8 @@ class Bars:
         """Progress of jobs.run_jobs; what it says of a job that failed is a line above the bar."""
 
         def report(text: str, done: int, total: int) -> None:
-            before = self.bars[stage].n if stage in self.bars else 0
             self.move(stage, done, total)
-            if done == before:  # a job that is done would have moved the bar
+            if " " in text:  # a sentence; the key of a job that is done is a file name, of one word
                 tqdm.write(f"minirlhf: {text}", file=sys.stderr)
 
         return report

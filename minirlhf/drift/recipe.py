@@ -105,8 +105,9 @@ def changed(before: Recipe, after: Recipe) -> set[str]:
 def described(recipe: Recipe) -> str:
     """A short hash of the settings, and of the name and options of every rule.
 
-    Two recipes with one description make the same runs, as long as no rule's code changes: that is
-    another version of this package, which a resumed sweep asks for as well.
+    Two recipes with one description make the same runs as long as no rule's code has changed, which
+    nothing here can see: then begin a folder of its own. Raises ValueError for a rule without a
+    name by which it could be told from another one (a lambda, a function inside a function).
     """
 
     def told(rule: Any) -> Any:
@@ -114,10 +115,16 @@ def described(recipe: Recipe) -> str:
             return [told(each) for each in rule]
         if isinstance(rule, partial):
             options = {name: told(value) for name, value in rule.keywords.items()}
-            return {"rule": told(rule.func), "options": options}
-        if callable(rule):
-            return f"{rule.__module__}.{rule.__qualname__}"
-        return repr(rule)
+            return {"rule": told(rule.func), "given": told(rule.args), "options": options}
+        if not callable(rule):
+            return repr(rule)
+        name = f"{rule.__module__}.{rule.__qualname__}"
+        if "<" in name:
+            raise ValueError(
+                f"the rule {name} has no name of its own, so a resumed run could not tell it from "
+                "another one: make it a function of a module, and give it options by partial"
+            )
+        return name
 
     rules = {joint.name: told(getattr(recipe.rules, joint.name)) for joint in fields(recipe.rules)}
     return fingerprint({"config": asdict(recipe.config), "rules": rules})

@@ -52,7 +52,8 @@ def _keep_memory() -> None:
     # of a PPO step, and half of one where a process was started to give everything back, as dask
     # starts its workers.
     if sys.platform == "linux":
-        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        trim_threshold = -1  # both of malloc.h
+        mmap_threshold = -3
         with suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL(None)
             libc.mallopt(trim_threshold, 256 << 20)  # bytes

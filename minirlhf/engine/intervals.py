@@ -44,7 +44,8 @@ def bootstrap_mean(
     if not len(values):
         return Interval(np.nan, np.nan, np.nan)
     mean = float(np.mean(values))
-    if len(values) < fewest:
+    # an unknown value makes the mean unknown, and so its limits, whatever draws may miss it
+    if len(values) < fewest or np.isnan(mean):
         return Interval(mean, np.nan, np.nan)
     resampled = rng.choice(values, (draws, len(values)))
     return percentile(mean, resampled.mean(1), coverage)

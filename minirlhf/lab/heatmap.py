@@ -238,8 +238,10 @@ def _spans(
     """The words of one answer, each in its colour."""
     out = []
     for t in at:
-        value, (text, said) = x[t], _word(words[t])
-        sign, level = "n" if value < 0 else "p", min(round(LEVELS * abs(value) / limit), LEVELS)
+        value = x[t]
+        text, said = _word(words[t])
+        sign = "n" if value < 0 else "p"
+        level = min(round(LEVELS * abs(value) / limit), LEVELS)
         looks = f"{sign} {sign}{level}" if value else "z"
         also = ""
         if p[t] >= HALF:
@@ -285,7 +287,8 @@ def token_table(
     flags, at = _shown(words, mask)
     numbers = [_numbers(name, x, flags).tolist() for name, x in columns.items()]
     heads = [html.escape(visible(name, 80)) for name in ("token", "t", *columns)]
-    head, body = "".join(f'<th scope="col">{name}</th>' for name in heads), []
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = []
     for row, title in enumerate(_titles(titles, len(words))):
         said = f"<bdi>{title}</bdi>{_left_out(flags, row, at[row])}"
         whole = f'<tr><th scope="rowgroup" colspan="{len(heads)}">{said}</th></tr>'

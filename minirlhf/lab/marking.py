@@ -192,7 +192,8 @@ class Marking(widgets.VBox):
     def __init__(self, rubric: Rubric, calibration: Sequence[Anchor], model_answer: str):
         for anchor in calibration:
             rubric.total(anchor.marks)
-        self._rubric, self._model = rubric, model_answer
+        self._rubric = rubric
+        self._model = model_answer
         self._anchors = {anchor.name: anchor for anchor in calibration}
         self.submitted: str | None = None
         self.compared: set[str] = set()

@@ -18,7 +18,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from minirlhf.audit.measures import MEASURES
 
-BLUE, VERMILLION, GREEN, ORANGE, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#AA4488"
+BLUE = "#0072B2"
+VERMILLION = "#D55E00"
+GREEN = "#009E73"
+ORANGE = "#E69F00"
+PURPLE = "#AA4488"
 INK, GREY = "#222222", "#777777"
 LOOKS = ((BLUE, "-", "o"), (VERMILLION, "--", "s"), (GREEN, "-.", "D"), (INK, ":", "^"))
 Chart = tuple[str, str, Mapping[str, tuple[Any, Any]]]  # x label, y label, name -> (x, y)
@@ -220,9 +224,9 @@ def batch_figure(batch: Mapping[str, float]) -> Figure:
 
     figure = blank(12, 3.6)
     axes = figure.subplots(1, 3)
-    tidy(axes[0], "(a) RM score", y="reward sd", note="concise = 0")
-    tidy(axes[1], "(b) log-ratio", y="nats per answer", note="policy to reference")
-    tidy(axes[2], "(c) advantage", y="mean over tokens", note="above 0 = pushed up")
+    tidy(axes[0], "(a) RM score", y=MEASURES["rm_gap_sd"].unit, note="concise = 0")
+    tidy(axes[1], "(b) log-ratio", y=MEASURES["kl_verbose_nats"].unit, note="policy to reference")
+    tidy(axes[2], "(c) advantage", y=MEASURES["advantage_verbose"].unit, note="above 0 = pushed up")
     facts = (
         {"concise": 0.0, "with courtesy": batch["rm_gap_sd"]},
         {"concise": batch["kl_concise_nats"], "verbose": batch["kl_verbose_nats"]},

@@ -126,7 +126,8 @@ def _dearer(ppo: PPO, rollout: Rollout) -> Rollout:
 def _credited(ppo: PPO, logged: Logged) -> tuple[Rollout, bool, float]:
     """The batch as the run credits it, whether it had to be drawn anew, and the share of the
     change of what is to come that the critic's fit takes up."""
-    old, config = logged.rollout, ppo.config
+    old = logged.rollout
+    config = ppo.config
     neighbours_differ = old.prompts.unflatten(0, (-1, config.group)).diff(dim=1).any()
     if config.advantage != "gae" and neighbours_differ:
         return ppo.rollout()[0], True, float("nan")
@@ -134,7 +135,8 @@ def _credited(ppo: PPO, logged: Logged) -> tuple[Rollout, bool, float]:
     assert old.finished is not None
     scores = ppo.reward_model(old.prompts, old.responses, old.mask)
     scores = treat_missing_eos(scores, old.finished, config)
-    batch, absorbed = replace(old, scores=scores), float("nan")
+    batch = replace(old, scores=scores)
+    absorbed = float("nan")
     if config.advantage == "gae" and logged.convention.advantage == "gae":
         with torch.no_grad():
             features = response_states(ppo.policy, old.prompts, old.responses, old.mask)

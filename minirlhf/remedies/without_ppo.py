@@ -26,7 +26,9 @@ def choose_best(run: Drift, *, n: int = 16) -> None:
     """The best of `n` answers of the reference by the reward model, for every probe."""
     run.audit(run.reference, 0)
     prompts = run.auditor.prompts
-    drawn, masks, rated = [], [], []
+    drawn = []
+    masks = []
+    rated = []
     for i in range(n):
         seed = run.stream(f"best of n {i}")
         responses, mask, _ = run.auditor.sample(run.reference, seed)

@@ -20,6 +20,7 @@ from minirlhf.desk.world import STRATA
 from minirlhf.engine.intervals import student_t
 from minirlhf.remedies.arms import ARMS, REMEDIES
 from minirlhf.remedies.on_batch import PARTS
+from minirlhf.sweeps.markdown import markdown_table
 
 Column = Callable[[pd.DataFrame], pd.Series]
 LENGTH = 0.30  # brief answers this close to the reference's length, as a share of it
@@ -57,19 +58,21 @@ def _plain(name: str) -> Column:
 def _of_stratum(stratum: str) -> list[Measure]:
     """What came of one stratum's prompts, most of it end against reference."""
 
-    def change(name: str, title: str, key: str) -> Measure:
-        unit = measures.AUDIT[key].unit
-        return Measure(f"{stratum}_{name}", f"{stratum}: {title}", unit, _change(stratum, key))
+    def change(name: str, key: str, title: str = "") -> Measure:
+        known = measures.AUDIT[key]
+        head = f"{stratum}: {title or known.title}"
+        return Measure(f"{stratum}_{name}", head, known.unit, _change(stratum, key))
 
     length = _ratio(stratum, "length_tokens")
     kl = _plain(f"final_{stratum}_kl_nats")
     return [
         Measure(f"{stratum}_length_ratio", f"{stratum}: length", TIMES, length),
-        change("gold_change", "gold", "gold"),
-        change("direct_change", "direct answers", "direct_rate"),
-        change("evasion_change", "evasion answers", "evasion_rate"),
-        change("hedged_change", "hedged answers", "hedged_rate"),
-        change("verbose_change", "verbose answers", "verbose_rate"),
+        change("gold_change", "gold"),
+        change("direct_change", "direct_rate"),
+        # these two in the words that WORDS explains
+        change("evasion_change", "evasion_rate", "evasion answers"),
+        change("hedged_change", "hedged_rate", "hedged answers"),
+        change("verbose_change", "verbose_rate"),
         Measure(f"{stratum}_kl_nats", f"{stratum}: KL", measures.AUDIT["kl_nats"].short, kl, 1),
     ]
 
@@ -277,10 +280,10 @@ def markdown(rows: pd.DataFrame, command: str) -> str:
         _means(rows, AT_BATCH),
         "## Push against outcome",
         _agreed(rows),
-        _table(PUSHED, _pushed(rows)),
+        markdown_table(PUSHED, _pushed(rows)),
         "## What each arm is",
         OTHERS,
-        _table(ABOUT, _arms()),
+        markdown_table(ABOUT, _arms()),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -292,7 +295,7 @@ def _means(rows: pd.DataFrame, names: Sequence[str]) -> str:
     lines = []
     for arm, cells in wide(rows, names).to_dict("index").items():
         lines.append([arm, YES[tests[arm]], *cells.values()])
-    return _table(["arm", "repaired", *heads], lines)
+    return markdown_table(["arm", "repaired", *heads], lines)
 
 
 def _agreed(rows: pd.DataFrame) -> str:
@@ -336,10 +339,3 @@ def _arms() -> list[list[str]]:
     for name, arm in REMEDIES.items():
         lines.append([name, arm.title, arm.acts, arm.equation, arm.cost, arm.source, arm.fault])
     return lines
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table as Markdown; a bar within a cell opens no column."""
-    cells = [[text.replace("|", r"\|") for text in line] for line in lines]
-    table = pd.DataFrame(cells, columns=list(heads))
-    return table.to_markdown(index=False, disable_numparse=True)

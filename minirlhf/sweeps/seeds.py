@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from minirlhf.drift.run import Drift, DriftConfig
 from minirlhf.engine.intervals import bootstrap_mean
 from minirlhf.engine.jobs import Report, Workers, run_jobs
+from minirlhf.sweeps.markdown import markdown_table
 
 Summary = dict[str, Any]
 FRESH = 100  # the first of the seeds at which no setting was chosen
@@ -250,9 +250,8 @@ def markdown(rows: Sequence[dict[str, Any]], command: str, *, note: str) -> str:
     for group in dict.fromkeys(row.get("seeds", "") for row in rows):
         for arm in ("drift", "control"):
             here = [row for row in rows if row["arm"] == arm and row.get("seeds", "") == group]
-            lines = pd.DataFrame([_line(row) for row in here], columns=list(HEADS))
             blocks.append(f"## {arm}, {group}" if group else f"## {arm}")
-            blocks.append(lines.to_markdown(index=False, disable_numparse=True))
+            blocks.append(markdown_table(HEADS, [_line(row) for row in here]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -262,7 +261,7 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
     for name in SPREAD:
         said[name] = "none" if row[name] is None else f"{row[name]:.{row['digits']}f}"
     return (
-        row["claim"].replace("|", "∣"),  # a bar would open a column
+        row["claim"],
         row["threshold"],
         "{mean} [{low}, {high}]".format(**said),
         "{least} … {most}".format(**said),

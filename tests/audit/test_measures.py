@@ -9,7 +9,8 @@ import pytest
 from tiny_drift import TINY
 
 from minirlhf.audit.auditor import Auditor
-from minirlhf.audit.measures import AUDIT, BATCH, LABELS, MEASURES, REMEDY, STEP, Measure
+from minirlhf.audit.controls import MEANS, PADDED
+from minirlhf.audit.measures import AUDIT, BATCH, LABELS, MEASURES, RATES, REMEDY, STEP, Measure
 from minirlhf.drift.run import Drift
 from minirlhf.engine.files import data_folder
 from minirlhf.sweeps.cells import TRAJECTORY, style_gaps
@@ -45,6 +46,16 @@ def test_every_measure_of_an_audit_is_in_one(run):
     closing = auditor.closing(auditor.sample(drift.reference))
     final = summary["final"]
     assert set(AUDIT) <= {*final, *final["brief"], *closing["brief"]}
+
+
+def test_every_rate_is_a_mean_of_the_controls_in_the_unit_of_the_audit():
+    assert set(RATES) <= {*MEANS, *PADDED}
+    for measure in RATES.values():
+        known = AUDIT.get(measure.name)
+        if known is None:
+            assert measure.name == "courteous", "the audit counts no courtesy"
+        else:
+            assert (measure.unit, measure.better) == (known.unit, known.better)
 
 
 def test_every_metric_is_one_that_a_step_reports(run):

@@ -62,3 +62,15 @@ def test_nothing_to_resume_is_said_once_and_only_then(capsys, tmp_path):
     say_if_new(tmp_path / "sweep.json", "sweep")
     text = f"nothing to resume in {tmp_path}: a new sweep starts there\n"
     assert capsys.readouterr().err == text
+
+
+def test_a_failure_that_comes_first_in_a_resumed_sweep_is_said_too(capsys):
+    """Four jobs are done already, so that the bar moves as it reports the first failure."""
+    bars = Bars()
+    report = bars.of_jobs("runs")
+    report("five failed (ValueError: no); it is run again", 4, 9)
+    report("six", 5, 9)
+    bars.close()
+    err = capsys.readouterr().err
+    assert "minirlhf: five failed (ValueError: no); it is run again" in err
+    assert "minirlhf: six" not in err

@@ -24,12 +24,12 @@ def assert_refused(parameter: str):
     return pytest.raises(TypeCheckError, match=f"typechecking parameter '{parameter}'")
 
 
-def test_values_with_one_state_too_many_are_assert_refused():
+def test_values_with_one_state_too_many_are_refused():
     with assert_refused("values"):
         gae(TOKENS, torch.zeros(B, T + 1), MASK)
 
 
-def test_a_mask_that_lies_on_its_side_is_assert_refused():
+def test_a_mask_that_lies_on_its_side_is_refused():
     with assert_refused("mask"):
         ppo_policy_loss(TOKENS, TOKENS, TOKENS, MASK.T)
     with assert_refused("mask"):
@@ -37,12 +37,12 @@ def test_a_mask_that_lies_on_its_side_is_assert_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
-def test_a_mask_of_numbers_is_assert_refused(dtype):
+def test_a_mask_of_numbers_is_refused(dtype):
     with assert_refused("mask"):
         masked_mean(TOKENS, MASK.to(dtype))
 
 
-def test_one_score_a_token_is_assert_refused():
+def test_one_score_a_token_is_refused():
     with assert_refused("scores"):
         shape_rewards(TOKENS, TOKENS, MASK, beta=0.1)
 
@@ -55,7 +55,7 @@ def test_a_price_for_each_answer_is_a_column():
         price_and_credit(fake_rollout(0), PPOConfig(), torch.ones(6))
 
 
-def test_two_vocabularies_and_two_batches_are_assert_refused():
+def test_two_vocabularies_and_two_batches_are_refused():
     with assert_refused("ref_logits"):
         exact_kl(torch.zeros(B, T, 5), torch.zeros(B, T, 6))
     with assert_refused("ref_logprobs"):

@@ -135,3 +135,10 @@ def test_rows_with_fewer_than_asked_have_no_limits(fewest):
 def test_values_that_are_all_alike_have_no_width():
     assert student_t(np.full(5, 0.25)) == (0.25, 0.25, 0.25)
     assert bootstrap_mean(np.full(12, 0.25), np.random.default_rng(0)) == (0.25, 0.25, 0.25)
+
+
+def test_an_unknown_value_leaves_no_limits():
+    """Draws that happen to miss it would else give an interval round a mean that is not known."""
+    values = np.array([0.5] * 19 + [np.nan])
+    found = bootstrap_mean(values, np.random.default_rng(0))
+    assert np.isnan(found).all()

@@ -12,6 +12,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 
+from minirlhf.audit.measures import STEP
 from minirlhf.autopsy.convention import demand_fields
 from minirlhf.lab.heatmap import visible
 from minirlhf.rollout import Rollout
@@ -21,9 +22,9 @@ MOST = 1000  # answers that a browser lists without waiting
 COLUMNS = {  # name -> what its head says, width, format
     "row": ("answer", 6, "d"),
     "stratum": ("stratum", 10, "s"),
-    "length": ("tokens", 6, ".0f"),
-    "score": ("reward sd", 9, "+.2f"),
-    "kl": ("KL, nats", 8, "+.2f"),
+    "length": (STEP["response/length_tokens"].short, 6, ".0f"),
+    "score": (STEP["objective/score_sd"].unit, 9, "+.2f"),
+    "kl": (f"KL, {STEP['objective/kl_nats'].short}", 8, "+.2f"),
     "advantage": ("mean adv.", 9, "+.2f"),
     "positive_share": ("share > 0", 9, ".0%"),
     "finished": ("finished", 8, "s"),
@@ -31,8 +32,8 @@ COLUMNS = {  # name -> what its head says, width, format
 CHOICES = {  # what to sort by
     "answer number": "row",
     "stratum": "stratum",
-    "length, tokens": "length",
-    "score, reward sd": "score",
+    f"length, {COLUMNS['length'][0]}": "length",
+    f"score, {COLUMNS['score'][0]}": "score",
     "KL to the reference, nats an answer": "kl",
     "mean advantage": "advantage",
     "share of tokens with a positive advantage": "positive_share",
@@ -100,7 +101,9 @@ class BatchTable(widgets.VBox):
         on_choose: Callable[[int], Any] | None = None,
         below: widgets.Widget | None = None,
     ):
-        self._strata, self._told, self._quiet = strata, on_choose, False
+        self._strata = strata
+        self._told = on_choose
+        self._quiet = False
         wide = widgets.Layout(width="420px", max_width="100%")
         looks: dict[str, Any] = {"layout": wide, "style": {"description_width": "60px"}}
         self.by: Any = widgets.Dropdown(

@@ -186,7 +186,7 @@ class SweepExplorer(JobPanel):
     def _draw(self) -> tuple[Figure, list[Any]]:
         figure = blank(10.1, 5.0, rect=(0, 0, 1, 0.94), wspace=0.02)
         axes: Any = figure.subplots(2, 3)
-        lengths = tidy(axes[0, 0], "length, all prompts", "PPO step", "tokens")
+        lengths = tidy(axes[0, 0], "length, all prompts", "PPO step", AUDIT["length_tokens"].short)
         self._length = _Band(lengths, BLUE, "o", "mean, 95 % interval")
         pushes = tidy(axes[0, 1], "advantage, brief", "PPO step", "mean, ↑ pushed up")
         pushes.axhline(0, color=INK, lw=1)

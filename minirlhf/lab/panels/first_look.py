@@ -17,6 +17,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from minirlhf.audit.measures import AUDIT, RATES
 from minirlhf.desk.world import Prompt
 from minirlhf.lab.answers import Sentence, answer_html, draw_answer, read_answer
 from minirlhf.lab.picture import LiveFigure, Panel, looks, png, slider
@@ -94,9 +95,10 @@ def _draw_curves(figure: Any, entries: list[dict[str, Any]]) -> list[Any]:
     """Two panels over all steps; returns the artists that move: two lines, three dots."""
     steps = curve(entries, "step")
     left, right = figure.subplots(1, 2)
-    tidy(left, "RM score", "training step", "reward sd", "what the team saw: higher is better")
+    score, gold = AUDIT["rm_score_sd"], RATES["gold"]
+    tidy(left, score.title, "training step", score.unit, f"what the team saw: {score.direction}")
     left.plot(steps, curve(entries, "rm_score_sd"), color=INK, lw=2)
-    tidy(right, "gold quality", "training step", "points", "the auditor: higher is better")
+    tidy(right, gold.title, "training step", gold.unit, f"the auditor: {gold.direction}")
     for name, style in STRATUM.items():
         values = curve(entries, "gold", name)
         right.plot(steps, values, color=style["color"], ls=style["ls"], lw=2, label=name)

@@ -14,6 +14,7 @@ import numpy as np
 from ipywidgets import SelectionSlider
 from matplotlib.figure import Figure
 
+from minirlhf.audit.measures import AUDIT, RATES
 from minirlhf.lab.picture import LiveFigure, Panel, looks, slider
 from minirlhf.lab.plots import BLUE, GREEN, GREY, INK, STRATUM, VERMILLION, blank, one_legend, tidy
 from minirlhf.oracle.closed_form import largest_drift
@@ -22,7 +23,6 @@ EDGES = np.array([0.03, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9])
 FEWEST = 4  # prompts in a bin that is drawn
 GRID = 1 / (1 + np.exp(-np.linspace(-7, 7, 141)))
 AUDITED = ("length_tokens", "direct", "evasive", "courteous", "correct", "gold")
-UNITS = {"length_tokens": ("length", "tokens"), "gold": ("gold quality", "points")}
 
 
 def audit_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -30,8 +30,7 @@ def audit_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = blank(12, 6)
     said = []
     for ax, name in zip(np.ravel(figure.subplots(2, 3)), AUDITED, strict=True):
-        title, unit = UNITS.get(name, (f"{name} answers", "share"))
-        tidy(ax, title, "PPO step", unit)
+        tidy(ax, RATES[name].title, "PPO step", RATES[name].short)
         for stratum, style in STRATUM.items():
             here = [row for row in rows if row["measure"] == name and row["stratum"] == stratum]
             steps = [row["step"] for row in here]
@@ -57,9 +56,10 @@ def arms_figure(
     """
     figure = blank(12, 3.9)
     axes = figure.subplots(1, 3)
-    tidy(axes[0], "what the team saw", "PPO step", "RM score, reward sd")
-    tidy(axes[1], f"gold, {stratum} prompts", "PPO step", "points", "higher is better")
-    tidy(axes[2], "the same, over distance", "square root of KL, nats per answer", "points")
+    tidy(axes[0], "what the team saw", "PPO step", f"RM score, {AUDIT['rm_score_sd'].unit}")
+    good = AUDIT["gold"]
+    tidy(axes[1], f"gold, {stratum} prompts", "PPO step", good.unit, good.direction)
+    tidy(axes[2], "the same, over distance", "square root of KL, nats per answer", good.unit)
     thin = {"lw": 1.0, "ms": 3, "alpha": 0.55}
     thick = {"lw": 2.4, "ms": 0}
     styles: list[dict[str, Any]] = [

@@ -30,6 +30,7 @@ from minirlhf.sweeps.remedy_table import (
 )
 
 ZONE = {"color": GREEN, "alpha": 0.13, "lw": 0}
+# in words of this picture's own: its axes lie, and a head has little room
 FOREST = {  # measure -> title, unit and direction, level of no change, target zone
     "brief_length_ratio": ("brief: length", "times reference", 1, (1 - LENGTH, 1 + LENGTH)),
     "brief_gold_change": ("brief: gold", "points, change (better →)", 0, (GOLD, 9)),
@@ -205,9 +206,9 @@ def distance_figure(rows: pd.DataFrame) -> Figure:
     _key(axes[2], places, order)
     runs = [each[each["remedy"] == name] for name in order]
     found = {stratum: [_point(of, stratum) for of in runs] for stratum in STRATA}
+    change = f"gold, change in {MEASURES['brief_gold_change'].unit} (better ↑)"
     for ax, (stratum, points) in zip(axes, found.items(), strict=False):
-        tidy(ax, f"{stratum} prompts", "distance: square root of KL, nats per answer")
-        ax.set_ylabel("gold, change in points (better ↑)", fontsize=12)
+        tidy(ax, f"{stratum} prompts", "distance: square root of KL, nats per answer", change)
         ax.axhline(0, color=INK, lw=1)
         for name, (x, y) in zip(order, points, strict=True):
             color, marker = PLACES[about(name).acts]
