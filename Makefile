@@ -57,7 +57,7 @@ pytest: venv
 	--nbval --nbval-current-env \
 	--nbval-cell-timeout=120 --nbval-sanitize-with=notebooks/sanitize.cfg $(PYTEST_FLAGS)
 
-slow: venv  ## train PPO to its end against theory and write docs/ladder.md (about 7 minutes)
+slow: venv  ## train PPO to its end against theory and write docs/ladder.md (about 6 minutes on two cores)
 	$(ONE_THREAD) $(PY) -m pytest -q -m slow --durations=5 tests $(PYTEST_FLAGS)
 
 data: venv  ## rebuild data/ (checkpoints, batches, MANIFEST.json) from nothing
