@@ -4,8 +4,7 @@ Every entry is a mistake that a published implementation made or that is easily 
 the direction of KL, an index off by one, a mask forgotten, a clip turned round. The script copies
 package and tests to a temporary folder, plants one bug at a time, runs the named test alone and
 prints a table; it exits with 1 if a bug survives. Words given to it select entries by title, and
-`--part 2/8` the second of eight parts of them. The named tests run once without any bug first; `--tested`
-leaves that out, and `--only-named` does nothing else.
+`--part 2/8` the second of eight parts of them.
 """
 
 import contextlib
@@ -370,8 +369,7 @@ def chosen_by(arguments: list[str]) -> list[Mutation]:
 
 def main(words: list[str]) -> int:
     """Plant the chosen bugs and print who was caught; the number that was not, at most 1."""
-    flags = {word for word in words if word in ("--tested", "--only-named")}
-    chosen = chosen_by([word for word in words if word not in flags])
+    chosen = chosen_by(words)
     if not chosen:
         print(f"no title holds all of: {' '.join(words)}")
         return 1
@@ -381,14 +379,10 @@ def main(words: list[str]) -> int:
         project = Path(folder)
         copy_project(project)
         sys.path[0] = str(project)  # instead of this folder: the copy is what gets imported
-        named = sorted({m.test for m in chosen})
-        worst, printed = (0, "") if "--tested" in flags else run_tests(project, named)
+        worst, printed = run_tests(project, sorted({m.test for m in chosen}))
         if worst:
             print(printed, "\nthe named tests fail without any bug: mend them first")
             return 1
-        if "--only-named" in flags:
-            print(f"{len(named)} named tests pass without any bug")
-            return 0
         for mutation in chosen:
             start = time.perf_counter()
             verdict = check(project, mutation)
